@@ -1,0 +1,1 @@
+"""The Kata agent protocol: messages, a typed client, the transports."""

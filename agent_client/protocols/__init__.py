@@ -1,0 +1,1 @@
+"""The messages of the Kata agent protocol, generated from the .proto files beside them."""

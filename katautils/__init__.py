@@ -1,0 +1,1 @@
+"""From an OCI bundle and a configuration file to a sandbox."""

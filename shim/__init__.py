@@ -1,0 +1,1 @@
+"""What containerd talks to: start, delete, the Task service, events, stdio."""

@@ -1,0 +1,1 @@
+"""Machines: the interface, and QEMU behind it."""

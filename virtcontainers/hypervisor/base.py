@@ -1,0 +1,116 @@
+"""What a sandbox needs of a hypervisor, under Kata's names (`virtcontainers/hypervisor.go`)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from agent_client.transports import AgentAddress
+from virtcontainers.errors import DeadlineExceededError, KataError
+
+Persisted = dict[str, Any]
+"""Plain JSON: all that `Hypervisor.cleanup` needs in a fresh process."""
+
+
+class HypervisorError(KataError):
+    """The machine could not be made, changed or ended."""
+
+
+class BootTimeout(HypervisorError, DeadlineExceededError):
+    """QEMU, or a daemon beside it, was not ready in time; the message carries the tail of its log."""
+
+
+class QMPFailed(HypervisorError):
+    """QEMU refused a QMP command; the message names the command and QEMU's reason."""
+
+
+class VMState(Enum):
+    """A machine's life; `Hypervisor.require` refuses what does not fit."""
+
+    NEW = "new"
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+
+
+class Hypervisor(ABC):
+    """One machine.
+
+    `create_vm` only plans (command line, addresses); nothing exists on the host before `start_vm`, so
+    `save()` taken between the two is all that a later `cleanup` needs.
+    """
+
+    state: VMState = VMState.NEW
+
+    def require(self, *states: VMState) -> None:
+        """Raise HypervisorError unless the machine is in one of `states`."""
+        if self.state not in states:
+            wanted = " or ".join(s.value for s in states)
+            raise HypervisorError(f"the machine is {self.state.value}, expected {wanted}")
+
+    @abstractmethod
+    def create_vm(self) -> None:
+        """Plan the machine: NEW -> CREATED. Raises InvalidArgumentError or HypervisorError for a missing
+        kernel, initrd, QEMU or daemon, with the path and the key that names it. Touches nothing."""
+
+    @abstractmethod
+    async def start_vm(self, timeout_s: float) -> None:
+        """Start QEMU (and virtiofsd, vhost-device-vsock): CREATED -> RUNNING. On failure everything that
+        was started is gone again and the tail of QEMU's log is in the error."""
+
+    @abstractmethod
+    async def stop_vm(self) -> None:
+        """End every process of the machine and wait for it; idempotent, from any state -> STOPPED."""
+
+    @abstractmethod
+    async def pause_vm(self) -> None:
+        """RUNNING -> PAUSED."""
+
+    @abstractmethod
+    async def resume_vm(self) -> None:
+        """PAUSED -> RUNNING."""
+
+    @abstractmethod
+    async def save_vm(self) -> None:
+        """Save the device state of a PAUSED template machine to `devices_state_path`."""
+
+    @abstractmethod
+    async def wait_dead(self) -> str:
+        """Return when QEMU or virtiofsd has died, for whatever reason, with a sentence that says which
+        and how (exit code or signal, tail of the log)."""
+
+    @property
+    @abstractmethod
+    def agent_address(self) -> AgentAddress:
+        """Where the guest's agent can be dialled; valid from CREATED on."""
+
+    @property
+    @abstractmethod
+    def pid(self) -> int:
+        """QEMU's pid; RUNNING or PAUSED only."""
+
+    @abstractmethod
+    def get_pids(self) -> list[int]:
+        """QEMU first, then its daemons."""
+
+    @abstractmethod
+    def get_thread_ids(self) -> dict[int, int]:
+        """vCPU index -> thread id, as last asked from QEMU."""
+
+    @abstractmethod
+    def save(self) -> Persisted:
+        """What `cleanup` needs; valid from CREATED on."""
+
+    @classmethod
+    @abstractmethod
+    async def cleanup(cls, persisted: Persisted) -> None:
+        """In a fresh process: end what is left of a machine saved by `save()`, remove its sockets and
+        directory. Idempotent; never ends a process that is not this machine's."""
+
+
+def vm_dir(run_vc: Path, vm_id: str) -> Path:
+    """`/run/vc/vm/<id>`: sockets, logs, pid files of one machine. 0700."""
+    return run_vc / "vm" / vm_id
