@@ -1,0 +1,103 @@
+"""What the guest sees of the host: `/run/kata-containers/shared/sandboxes/<sandbox>`, after Kata's layout.
+
+`mounts/` takes the bind mounts, one a container root or volume. `shared/` is what 9p or virtio-fs exports: a
+read-only slave of `mounts`, so that the guest can neither make nor rename anything at its top.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from virtcontainers import mount
+from virtcontainers.config import GUEST_SHARED_DIR, SHARED_SANDBOXES, RootFs
+
+
+@dataclass(frozen=True)
+class FilesystemShare:
+    """The share of one sandbox. Everything it does is undone by `cleanup`, in any process."""
+
+    sandbox_id: str
+
+    @property
+    def root(self) -> Path:
+        return SHARED_SANDBOXES / self.sandbox_id
+
+    @property
+    def shared_path(self) -> Path:
+        """The directory that the hypervisor exports with the tag kataShared."""
+        return self.root / "shared"
+
+    @property
+    def _mounts(self) -> Path:
+        return self.root / "mounts"
+
+    def prepare(self) -> None:
+        """Make the tree and its two mounts. Raises KataError; what was made then is for `cleanup`."""
+        for directory in (self.shared_path, self._mounts, self.root / "private"):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # The host's / may be private: mounts reach `shared` only from a mount that is itself shared.
+        mount.mount(self._mounts, self._mounts, flags=mount.MS_BIND)
+        mount.mount("", self._mounts, flags=mount.MS_PRIVATE)
+        mount.mount("", self._mounts, flags=mount.MS_SHARED)
+        mount.mount(self._mounts, self.shared_path, flags=mount.MS_BIND)
+        mount.mount("", self.shared_path, flags=mount.MS_SLAVE)
+        mount.mount("", self.shared_path, flags=mount.MS_REMOUNT | mount.MS_BIND | mount.MS_RDONLY)
+
+    def share_root_filesystem(self, container_id: str, rootfs: RootFs) -> str:
+        """Mount the container's root on the host and share it; returns its path in the guest."""
+        rootfs.target.mkdir(parents=True, exist_ok=True)
+        mount.mount_all(rootfs.mounts, rootfs.target)
+        target = self._mounts / container_id / "rootfs"
+        mount.bind_mount(rootfs.target, target, recursive=True)
+        return f"{GUEST_SHARED_DIR}{container_id}/rootfs"
+
+    def unshare_root_filesystem(self, container_id: str, rootfs: RootFs) -> None:
+        """Idempotent. The target itself is containerd's and stays."""
+        self._unshare(self._mounts / container_id)
+        if rootfs.mounts:
+            mount.unmount_below(rootfs.target)
+
+    def share_file(self, container_id: str, source: Path, destination: str, *, readonly: bool) -> str:
+        """Share one bind mount's source, file or directory with all that is mounted in it; returns its path
+        in the guest. Read-only is enforced here, on the host, not left to the guest."""
+        name = f"{container_id}-{secrets.token_hex(8)}-{Path(destination).name or 'root'}"
+        target = self._mounts / name
+        if not readonly:
+            mount.bind_mount(source, target, recursive=True)
+            return GUEST_SHARED_DIR + name
+        # A remount does not reach the copy in `shared`, a mount's flags at its making do: so the bind is made
+        # read-only at a private place first.
+        private = self.root / "private" / name
+        try:
+            mount.bind_mount(source, private, readonly=True, recursive=True)
+            mount.bind_mount(private, target, recursive=True)
+        finally:
+            self._unshare(private)
+        return GUEST_SHARED_DIR + name
+
+    def unshare_files(self, container_id: str) -> None:
+        """Take back everything of one container that `share_file` gave; idempotent."""
+        # Not a bare prefix: "web" must not take what belongs to "web-1".
+        ours = re.compile(re.escape(container_id) + r"-[0-9a-f]{16}-")
+        with contextlib.suppress(FileNotFoundError):
+            for entry in list(self._mounts.iterdir()):
+                if ours.match(entry.name):
+                    self._unshare(entry)
+
+    def _unshare(self, path: Path) -> None:
+        mount.unmount_below(path)
+        if path.is_dir():
+            mount.remove_mountpoints(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def cleanup(self) -> None:
+        """Unmount and remove the whole share; idempotent. Raises KataError rather than delete anything
+        through a mount that would not go."""
+        mount.unmount_below(self.shared_path)
+        mount.unmount_below(self.root)
+        mount.remove_mountpoints(self.root)

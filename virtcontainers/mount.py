@@ -1,0 +1,281 @@
+"""mount(2) and umount2(2), and what is mounted where.
+
+Python has neither call; a process for each would cost more than the mounts themselves, so libc is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from virtcontainers.config import Mount
+from virtcontainers.errors import InvalidArgumentError, KataError
+
+# <sys/mount.h>
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_SYNCHRONOUS = 16
+MS_REMOUNT = 32
+MS_MANDLOCK = 64
+MS_DIRSYNC = 128
+MS_NOSYMFOLLOW = 256
+MS_NOATIME = 1024
+MS_NODIRATIME = 2048
+MS_BIND = 4096
+MS_REC = 16384
+MS_SILENT = 32768
+MS_UNBINDABLE = 1 << 17
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+MS_SHARED = 1 << 20
+MS_RELATIME = 1 << 21
+MS_STRICTATIME = 1 << 24
+MS_LAZYTIME = 1 << 25
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+# Option -> (set?, flag), as mount(8) and containerd's mount package read fstab options.
+_FLAGS = {
+    "async": (False, MS_SYNCHRONOUS),
+    "atime": (False, MS_NOATIME),
+    "bind": (True, MS_BIND),
+    "defaults": (True, 0),
+    "dev": (False, MS_NODEV),
+    "diratime": (False, MS_NODIRATIME),
+    "dirsync": (True, MS_DIRSYNC),
+    "exec": (False, MS_NOEXEC),
+    "mand": (True, MS_MANDLOCK),
+    "noatime": (True, MS_NOATIME),
+    "nodev": (True, MS_NODEV),
+    "nodiratime": (True, MS_NODIRATIME),
+    "noexec": (True, MS_NOEXEC),
+    "nomand": (False, MS_MANDLOCK),
+    "norelatime": (False, MS_RELATIME),
+    "nostrictatime": (False, MS_STRICTATIME),
+    "nosuid": (True, MS_NOSUID),
+    "nosymfollow": (True, MS_NOSYMFOLLOW),
+    "rbind": (True, MS_BIND | MS_REC),
+    "relatime": (True, MS_RELATIME),
+    "remount": (True, MS_REMOUNT),
+    "ro": (True, MS_RDONLY),
+    "rw": (False, MS_RDONLY),
+    "strictatime": (True, MS_STRICTATIME),
+    "suid": (False, MS_NOSUID),
+    "sync": (True, MS_SYNCHRONOUS),
+}
+_PROPAGATION = {
+    "private": MS_PRIVATE,
+    "rprivate": MS_PRIVATE | MS_REC,
+    "shared": MS_SHARED,
+    "rshared": MS_SHARED | MS_REC,
+    "slave": MS_SLAVE,
+    "rslave": MS_SLAVE | MS_REC,
+    "unbindable": MS_UNBINDABLE,
+    "runbindable": MS_UNBINDABLE | MS_REC,
+}
+# What a remount of a bind has to repeat, or the kernel refuses to drop a locked flag: statvfs f_flag -> MS_*.
+_STATVFS_FLAGS = {
+    os.ST_RDONLY: MS_RDONLY,
+    os.ST_NOSUID: MS_NOSUID,
+    os.ST_NODEV: MS_NODEV,
+    os.ST_NOEXEC: MS_NOEXEC,
+    os.ST_NOATIME: MS_NOATIME,
+    os.ST_NODIRATIME: MS_NODIRATIME,
+    os.ST_RELATIME: MS_RELATIME,
+}
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _call_mount(source: str, target: str, fstype: str, flags: int, data: str) -> int:
+    """Return errno, 0 for success."""
+    ok = _libc().mount(
+        os.fsencode(source),
+        os.fsencode(target),
+        os.fsencode(fstype) if fstype else None,
+        ctypes.c_ulong(flags),
+        os.fsencode(data) if data else None,
+    )
+    return ctypes.get_errno() if ok != 0 else 0
+
+
+def _check(error: int, what: str) -> None:
+    if error:
+        raise KataError(f"{what}: {os.strerror(error)}")
+
+
+def mount(source: Path | str, target: Path, fstype: str = "", flags: int = 0, data: str = "") -> None:
+    """mount(2). Raises KataError naming source, target and the kernel's reason."""
+    error = _call_mount(str(source), str(target), fstype, flags, data)
+    kind = fstype or ("bind" if flags & MS_BIND else "propagation")
+    _check(error, f"mount {source or 'none'} on {target} ({kind}{', ' + data if data else ''})")
+
+
+def unmount(target: Path) -> None:
+    """Detach the topmost mount of `target`, never following a symlink; nothing mounted there is no error.
+
+    Lazy on purpose: a guest that still holds a file open must not keep the pod's mounts on the host.
+    """
+    if _libc().umount2(os.fsencode(str(target)), MNT_DETACH | UMOUNT_NOFOLLOW) != 0:
+        error = ctypes.get_errno()
+        if error not in (errno.EINVAL, errno.ENOENT):
+            _check(error, f"unmount {target}")
+
+
+def parse_options(options: Sequence[str]) -> tuple[int, list[int], str]:
+    """Split fstab options into (flags, propagation changes to make afterwards, data)."""
+    flags, propagation, data = 0, [], []
+    for option in options:
+        if option in _FLAGS:
+            on, flag = _FLAGS[option]
+            flags = flags | flag if on else flags & ~flag
+        elif option in _PROPAGATION:
+            propagation.append(_PROPAGATION[option])
+        elif option:
+            data.append(option)
+    return flags, propagation, ",".join(data)
+
+
+def mount_all(mounts: Sequence[Mount], root: Path) -> None:
+    """Mount containerd's list of mounts on `root`, in order; when one fails, those before it are undone.
+
+    Raises KataError with the mount that failed, InvalidArgumentError for a target that leaves `root`.
+    """
+    with contextlib.ExitStack() as undo:
+        for entry in mounts:
+            target = root
+            if entry.target:
+                target = (root / entry.target.lstrip("/")).resolve()
+                if not target.is_relative_to(root.resolve()):
+                    raise InvalidArgumentError(f"mount target {entry.target!r} leaves the rootfs {root}")
+                target.mkdir(parents=True, exist_ok=True)
+            _mount_one(entry, target)
+            undo.callback(unmount, target)
+        undo.pop_all()
+
+
+def _mount_one(entry: Mount, target: Path) -> None:
+    flags, propagation, data = parse_options(entry.options)
+    fstype = "" if flags & MS_BIND else entry.type
+    if len(data) >= os.sysconf("SC_PAGE_SIZE") and entry.type == "overlay":
+        _mount_long_overlay(entry, target, flags)
+    else:
+        mount(entry.source, target, fstype, flags, data)
+    # The kernel ignores every flag but MS_REC of a new bind; they take a remount.
+    if flags & MS_BIND and flags & ~(MS_BIND | MS_REC):
+        _remount_bind(target, flags & ~(MS_BIND | MS_REC))
+    for change in propagation:
+        mount("", target, flags=change)
+
+
+def _mount_long_overlay(entry: Mount, target: Path, flags: int) -> None:
+    """An image of many layers needs more than the page that mount(2) takes as data: mount from a child whose
+    working directory is the layers' common parent, with relative names."""
+    lower_option = next(o for o in entry.options if o.startswith("lowerdir="))
+    lowers = lower_option.removeprefix("lowerdir=").split(":")
+    parent = os.path.commonpath(lowers)
+    relative = ":".join(os.path.relpath(lower, parent) for lower in lowers)
+    short = replace(
+        entry, options=tuple(f"lowerdir={relative}" if o is lower_option else o for o in entry.options)
+    )
+    _, _, data = parse_options(short.options)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.chdir(parent)
+            os._exit(_call_mount(entry.source, str(target), entry.type, flags, data))
+        except BaseException:
+            os._exit(errno.EIO)
+    _, status = os.waitpid(pid, 0)
+    _check(os.waitstatus_to_exitcode(status), f"mount overlay of {len(lowers)} layers on {target}")
+
+
+def _remount_bind(target: Path, flags: int) -> None:
+    current = os.statvfs(target).f_flag
+    kept = 0
+    for st_flag, ms_flag in _STATVFS_FLAGS.items():
+        if current & st_flag:
+            kept |= ms_flag
+    mount("", target, flags=MS_REMOUNT | MS_BIND | kept | flags)
+
+
+def bind_mount(source: Path, target: Path, *, readonly: bool = False, recursive: bool = False) -> None:
+    """Bind `source` on `target` (made as file or directory if absent), private to this place.
+
+    On failure `target` is not mounted; a target made stays. Raises KataError.
+    """
+    make_mountpoint(source, target)
+    mount(source, target, flags=MS_BIND | (MS_REC if recursive else 0))
+    try:
+        mount("", target, flags=MS_PRIVATE | (MS_REC if recursive else 0))
+        if readonly:
+            for path in mounts_below(target) if recursive else [target]:
+                _remount_bind(path, MS_RDONLY)
+    except BaseException:
+        unmount_below(target)
+        raise
+
+
+def make_mountpoint(source: Path, target: Path) -> None:
+    """Make `target` a directory or an empty file, as `source` is. Raises KataError when source is missing."""
+    try:
+        is_directory = stat.S_ISDIR(source.stat().st_mode)
+    except OSError as error:
+        raise KataError(f"bind mount source {source}: {error.strerror}") from error
+    if is_directory:
+        target.mkdir(parents=True, exist_ok=True, mode=0o750)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        target.touch(mode=0o600, exist_ok=True)
+
+
+def mounts_below(path: Path) -> list[Path]:
+    """Mount points at or below `path`, in the order they were mounted; one entry per mount."""
+    prefix = str(path).rstrip("/")
+    return [p for p in _mount_points() if str(p) == prefix or str(p).startswith(prefix + "/")]
+
+
+def _mount_points() -> Iterator[Path]:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        # proc_pid_mountinfo(5): field 5, with space, tab, newline and backslash as octal escapes.
+        name = line.split(" ", 5)[4]
+        if "\\" in name:
+            for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+                name = name.replace(code, char)
+        yield Path(name)
+
+
+def unmount_below(path: Path) -> None:
+    """Unmount everything at and below `path`, last mounted first."""
+    for mount_point in reversed(mounts_below(path)):
+        unmount(mount_point)
+
+
+def remove_mountpoints(path: Path) -> None:
+    """Remove a tree of mount points: directories, and empty files that were bound over.
+
+    Never deletes content: a file with bytes in it or a mount that is still there ends it with KataError.
+    Call after `unmount_below`. A missing path is no error.
+    """
+    left = mounts_below(path)
+    if left:
+        raise KataError(f"{path} is not removed: still mounted at {', '.join(map(str, left[:3]))}")
+    for directory, _, files in os.walk(path, topdown=False):
+        for name in files:
+            file = Path(directory) / name
+            if file.lstat().st_size:
+                raise KataError(f"{path} is not removed: {file} has content")
+            file.unlink()
+        Path(directory).rmdir()

@@ -1,0 +1,65 @@
+"""What a fresh process needs to clean a pod up, on disk before the thing itself exists.
+
+`/run/vc/sbs/<sandbox>/persist.json`, after Kata's place and name; the content is ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from virtcontainers.config import RUN_VC
+from virtcontainers.errors import NotFoundError
+
+PERSIST_FILE = "persist.json"
+_FORMAT = 1
+
+
+@dataclass
+class SandboxState:
+    """One pod as persisted; paths are strings, `hypervisor` is `Hypervisor.save()`."""
+
+    id: str
+    shim_pid: int
+    hypervisor: dict[str, Any] = field(default_factory=dict)
+    rootfs: dict[str, str] = field(default_factory=dict)
+    """Container id -> the host directory on which we mounted its root."""
+    format: int = _FORMAT
+
+
+def sandbox_dir(sandbox_id: str) -> Path:
+    return RUN_VC / "sbs" / sandbox_id
+
+
+def store(state: SandboxState) -> None:
+    """Write atomically: a reader sees the old state or the new one. Not synced: /run does not survive a
+    power loss, and neither does what it describes."""
+    directory = sandbox_dir(state.id)
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = directory / f".{PERSIST_FILE}.{os.getpid()}"
+    temporary.write_text(json.dumps(asdict(state)))
+    temporary.replace(directory / PERSIST_FILE)
+
+
+def load(sandbox_id: str) -> SandboxState:
+    """Raises NotFoundError when there is no such sandbox, or nothing readable of it."""
+    path = sandbox_dir(sandbox_id) / PERSIST_FILE
+    try:
+        found = json.loads(path.read_text())
+        return SandboxState(**found)
+    except FileNotFoundError:
+        raise NotFoundError(f"sandbox {sandbox_id} is not known: {path} does not exist") from None
+    except (ValueError, TypeError) as error:
+        raise NotFoundError(f"sandbox {sandbox_id}: {path} is not readable: {error}") from None
+
+
+def destroy(sandbox_id: str) -> None:
+    """Forget the sandbox; idempotent."""
+    directory = sandbox_dir(sandbox_id)
+    if directory.is_dir():
+        for entry in directory.iterdir():
+            entry.unlink()
+        directory.rmdir()
