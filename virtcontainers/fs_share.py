@@ -57,9 +57,13 @@ class FilesystemShare:
 
     def unshare_root_filesystem(self, container_id: str, rootfs: RootFs) -> None:
         """Idempotent. The target itself is containerd's and stays."""
-        self._unshare(self._mounts / container_id)
+        self.unshare_container(container_id)
         if rootfs.mounts:
             mount.unmount_below(rootfs.target)
+
+    def unshare_container(self, container_id: str) -> None:
+        """Take the container's root back out of the share; idempotent."""
+        self._unshare(self._mounts / container_id)
 
     def share_file(self, container_id: str, source: Path, destination: str, *, readonly: bool) -> str:
         """Share one bind mount's source, file or directory with all that is mounted in it; returns its path

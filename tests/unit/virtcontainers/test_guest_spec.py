@@ -1,0 +1,123 @@
+"""The guest's spec against Kata's rules."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from virtcontainers.errors import InvalidArgumentError
+from virtcontainers.guest_spec import guest_spec
+
+
+def spec(**linux: Any) -> dict[str, Any]:
+    return {
+        "ociVersion": "1.2.0",
+        "process": {"args": ["sh"], "apparmorProfile": "cri", "selinuxLabel": "a:b:c", "cwd": "/"},
+        "root": {"path": "rootfs", "readonly": True},
+        "hooks": {"prestart": [{"path": "/bin/true"}]},
+        "mounts": [],
+        "linux": linux,
+    }
+
+
+class Shares:
+    """Records what was asked to be shared, and answers a guest path."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Path, str, bool]] = []
+
+    def __call__(self, source: Path, destination: str, readonly: bool) -> str:
+        self.asked.append((source, destination, readonly))
+        return f"/guest{source}"
+
+
+def convert(given: dict[str, Any], **options: Any) -> tuple[dict[str, Any], bool, Shares]:
+    shares = Shares()
+    options = {"shm_size_bytes": 1 << 20, "pass_seccomp": True, **options}
+    before = copy.deepcopy(given)
+    guest, pidns = guest_spec(given, rootfs="/guest/rootfs", share_file=shares, **options)
+    assert given == before, "the host's spec must not change"
+    return guest, pidns, shares
+
+
+def test_root_is_the_guests_and_stays_readonly() -> None:
+    guest, _, _ = convert(spec())
+    assert guest["root"] == {"path": "/guest/rootfs", "readonly": True}
+
+
+def test_host_hooks_and_security_labels_do_not_reach_the_guest() -> None:
+    guest, _, _ = convert(spec(mountLabel="x", intelRdt={"closID": "y"}))
+    assert "hooks" not in guest
+    assert guest["process"] == {"args": ["sh"], "cwd": "/"}
+    assert not {"mountLabel", "intelRdt"} & guest["linux"].keys()
+
+
+def test_limits_stay_and_host_numbered_resources_go() -> None:
+    resources = {
+        "memory": {"limit": 1 << 20},
+        "pids": {"limit": 10},
+        "cpu": {"quota": 1000, "period": 100, "cpus": "0-63", "mems": "1"},
+        "devices": [{"allow": False, "access": "rwm"}],
+        "blockIO": {"weight": 10},
+    }
+    guest, _, _ = convert(spec(resources=resources))
+    assert guest["linux"]["resources"] == {
+        "memory": {"limit": 1 << 20},
+        "pids": {"limit": 10},
+        "cpu": {"quota": 1000, "period": 100},
+    }
+
+
+@pytest.mark.parametrize(("path", "shared"), [(None, False), ("/proc/42/ns/pid", True)])
+def test_pid_namespace_to_join_means_the_sandboxes(path: str | None, shared: bool) -> None:
+    pid = {"type": "pid"} | ({"path": path} if path else {})
+    others = [{"type": t, "path": "/proc/42/ns/x"} for t in ("network", "cgroup", "time", "ipc", "mount")]
+    guest, pidns, _ = convert(spec(namespaces=[pid, *others]))
+    assert pidns is shared
+    assert guest["linux"]["namespaces"] == [{"type": "ipc"}, {"type": "mount"}]
+
+
+def test_seccomp_goes_when_it_is_disabled_in_the_guest() -> None:
+    given = spec(seccomp={"defaultAction": "SCMP_ACT_ALLOW"})
+    assert "seccomp" in convert(given)[0]["linux"]
+    assert "seccomp" not in convert(given, pass_seccomp=False)[0]["linux"]
+
+
+def test_bind_mounts_are_shared_and_others_pass() -> None:
+    given = spec()
+    given["mounts"] = [
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/data", "type": "bind", "source": "/srv", "options": ["rbind", "ro"]},
+        {"destination": "/none", "type": "none", "source": "/opt", "options": ["bind"]},
+        {"destination": "/sys/fs", "type": "bind", "source": "/sys/fs", "options": ["rbind"]},
+        {"destination": "/dev/null2", "type": "bind", "source": "/dev/null", "options": ["bind"]},
+    ]
+    guest, _, shares = convert(given)
+    assert shares.asked == [(Path("/srv"), "/data", True), (Path("/opt"), "/none", False)]
+    assert [m["source"] for m in guest["mounts"]] == [
+        "proc",
+        "/guest/srv",
+        "/guest/opt",
+        "/sys/fs",
+        "/dev/null",
+    ]
+    assert guest["mounts"][1]["options"] == ["rbind", "ro"]
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "source"), [(4096, "bind", "/run/kata-containers/sandbox/shm"), (0, "tmpfs", "shm")]
+)
+def test_dev_shm_is_the_sandboxes_or_its_own(size: int, kind: str, source: str) -> None:
+    given = spec()
+    given["mounts"] = [{"destination": "/dev/shm", "type": "bind", "source": "/run/host/shm"}]
+    guest, _, shares = convert(given, shm_size_bytes=size)
+    assert shares.asked == []
+    assert (guest["mounts"][0]["type"], guest["mounts"][0]["source"]) == (kind, source)
+
+
+def test_relative_bind_source_is_refused_by_name() -> None:
+    given = spec()
+    given["mounts"] = [{"destination": "/data", "type": "bind", "source": "srv"}]
+    with pytest.raises(InvalidArgumentError, match=r"/data.*'srv'.*absolute"):
+        convert(given)

@@ -1,0 +1,239 @@
+"""What the sandbox asks of the agent, after Kata's `kata_agent.go`: requests built, errors translated, every
+call bounded in time unless it waits for a container."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from agent_client.client import AgentClient
+
+from agent_client.protocols import agent_pb2, oci_json
+from ttrpc import Code, ConnectionClosed, StatusError, TtrpcError
+from virtcontainers import errors
+from virtcontainers.config import (
+    GUEST_SANDBOX_DIR,
+    GUEST_SHARED_DIR,
+    MOUNT_GUEST_TAG,
+    AgentConfig,
+    HypervisorConfig,
+    OCISpec,
+    SharedFS,
+)
+
+log = logging.getLogger(__name__)
+
+REQUEST_TIMEOUT_S = 60.0
+CHECK_TIMEOUT_S = 30.0
+_MAX_HOSTNAME_BYTES = 64
+
+_ERRORS: Mapping[Code, type[errors.KataError]] = {
+    Code.NOT_FOUND: errors.NotFoundError,
+    Code.ALREADY_EXISTS: errors.AlreadyExistsError,
+    Code.INVALID_ARGUMENT: errors.InvalidArgumentError,
+    Code.FAILED_PRECONDITION: errors.FailedPreconditionError,
+    Code.UNIMPLEMENTED: errors.UnimplementedError,
+    Code.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
+    Code.UNAVAILABLE: errors.UnavailableError,
+}
+
+
+@contextlib.contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn ttrpc's errors into ours; the agent's own text stays, behind what was asked of it."""
+    try:
+        yield
+    except StatusError as error:
+        raise _ERRORS.get(error.code, errors.KataError)(f"agent: {what}: {error.message}") from error
+    except ConnectionClosed as error:
+        raise errors.UnavailableError(f"agent: {what}: the machine's agent is gone") from error
+    except TtrpcError as error:
+        raise errors.KataError(f"agent: {what}: {error}") from error
+
+
+class KataAgent:
+    """The agent of one machine. Every method raises KataError's classes and nothing of ttrpc's."""
+
+    def __init__(self, client: AgentClient) -> None:
+        self.client = client
+        self.details = agent_pb2.GuestDetailsResponse()
+
+    @property
+    def supports_seccomp(self) -> bool:
+        return self.details.agent_details.supports_seccomp
+
+    async def check(self) -> None:
+        with translated("Check"):
+            await self.client.check(timeout_s=CHECK_TIMEOUT_S)
+
+    async def get_guest_details(self) -> None:
+        """Fill `details`: the memory block size, and what the agent can do."""
+        with translated("GetGuestDetails"):
+            request = agent_pb2.GuestDetailsRequest(mem_block_size=True, mem_hotplug_probe=True)
+            self.details = await self.client.get_guest_details(request, timeout_s=REQUEST_TIMEOUT_S)
+
+    async def create_sandbox(
+        self,
+        sandbox_id: str,
+        *,
+        hostname: str,
+        dns: list[str],
+        sandbox_pidns: bool,
+        shm_size_bytes: int,
+        hypervisor: HypervisorConfig,
+        config: AgentConfig,
+    ) -> None:
+        modules = [m.split() for m in config.kernel_modules if m.strip()]
+        request = agent_pb2.CreateSandboxRequest(
+            sandbox_id=sandbox_id,
+            hostname=hostname.encode()[:_MAX_HOSTNAME_BYTES].decode(errors="ignore"),
+            dns=dns,
+            storages=_sandbox_storages(hypervisor, shm_size_bytes),
+            sandbox_pidns=sandbox_pidns,
+            guest_hook_path=hypervisor.guest_hook_path,
+            kernel_modules=[agent_pb2.KernelModule(name=m[0], parameters=m[1:]) for m in modules],
+        )
+        with translated("CreateSandbox"):
+            await self.client.create_sandbox(request, timeout_s=REQUEST_TIMEOUT_S)
+
+    async def destroy_sandbox(self, timeout_s: float) -> None:
+        with translated("DestroySandbox"):
+            await self.client.destroy_sandbox(agent_pb2.DestroySandboxRequest(), timeout_s=timeout_s)
+
+    async def create_container(
+        self, container_id: str, spec: OCISpec, *, sandbox_pidns: bool, timeout_s: float
+    ) -> None:
+        request = agent_pb2.CreateContainerRequest(
+            container_id=container_id,
+            exec_id=container_id,
+            OCI=oci_json.spec_from_json(spec),
+            sandbox_pidns=sandbox_pidns,
+        )
+        with translated(f"CreateContainer {container_id}"):
+            await self.client.create_container(request, timeout_s=timeout_s)
+
+    async def start_container(self, container_id: str) -> None:
+        request = agent_pb2.StartContainerRequest(container_id=container_id)
+        with translated(f"StartContainer {container_id}"):
+            await self.client.start_container(request, timeout_s=REQUEST_TIMEOUT_S)
+
+    async def remove_container(self, container_id: str) -> None:
+        request = agent_pb2.RemoveContainerRequest(container_id=container_id)
+        with translated(f"RemoveContainer {container_id}"):
+            await self.client.remove_container(request, timeout_s=REQUEST_TIMEOUT_S)
+
+    async def exec_process(self, container_id: str, exec_id: str, process: dict[str, Any]) -> None:
+        request = agent_pb2.ExecProcessRequest(
+            container_id=container_id, exec_id=exec_id, process=oci_json.process_from_json(process)
+        )
+        with translated(f"ExecProcess {container_id}/{exec_id}"):
+            await self.client.exec_process(request, timeout_s=REQUEST_TIMEOUT_S)
+
+    async def signal_process(self, container_id: str, exec_id: str, signal: int) -> None:
+        """An empty `exec_id` signals every process of the container."""
+        request = agent_pb2.SignalProcessRequest(container_id=container_id, exec_id=exec_id, signal=signal)
+        with translated(f"SignalProcess {container_id}/{exec_id or 'all'}"):
+            await self.client.signal_process(request, timeout_s=REQUEST_TIMEOUT_S)
+
+    async def wait_process(self, container_id: str, exec_id: str) -> int:
+        request = agent_pb2.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
+        with translated(f"WaitProcess {container_id}/{exec_id}"):
+            response = await self.client.wait_process(request)
+        return response.status
+
+    async def update_container(self, container_id: str, resources: dict[str, Any]) -> None:
+        request = agent_pb2.UpdateContainerRequest(
+            container_id=container_id, resources=oci_json.resources_from_json(resources)
+        )
+        with translated(f"UpdateContainer {container_id}"):
+            await self.client.update_container(request, timeout_s=REQUEST_TIMEOUT_S)
+
+    async def stats_container(self, container_id: str) -> agent_pb2.StatsContainerResponse:
+        request = agent_pb2.StatsContainerRequest(container_id=container_id)
+        with translated(f"StatsContainer {container_id}"):
+            return await self.client.stats_container(request, timeout_s=REQUEST_TIMEOUT_S)
+
+    async def pause_container(self, container_id: str) -> None:
+        request = agent_pb2.PauseContainerRequest(container_id=container_id)
+        with translated(f"PauseContainer {container_id}"):
+            await self.client.pause_container(request, timeout_s=REQUEST_TIMEOUT_S)
+
+    async def resume_container(self, container_id: str) -> None:
+        request = agent_pb2.ResumeContainerRequest(container_id=container_id)
+        with translated(f"ResumeContainer {container_id}"):
+            await self.client.resume_container(request, timeout_s=REQUEST_TIMEOUT_S)
+
+    async def read_stream(self, container_id: str, exec_id: str, size: int, *, stderr: bool) -> bytes:
+        """At most `size` bytes; b"" at the end of the stream, which agents tell by an error, and when the
+        machine is gone."""
+        request = agent_pb2.ReadStreamRequest(container_id=container_id, exec_id=exec_id, len=size)
+        read = self.client.read_stderr if stderr else self.client.read_stdout
+        try:
+            return (await read(request)).data
+        except StatusError as error:
+            if "eof" not in error.message.lower():
+                log.debug("stream of %s/%s ended: %s", container_id, exec_id, error.message)
+            return b""
+        except ConnectionClosed:
+            return b""
+
+    async def write_stdin(self, container_id: str, exec_id: str, data: bytes) -> int:
+        request = agent_pb2.WriteStreamRequest(container_id=container_id, exec_id=exec_id, data=data)
+        with translated(f"WriteStdin {container_id}/{exec_id}"):
+            return (await self.client.write_stdin(request)).len
+
+    async def close_stdin(self, container_id: str, exec_id: str) -> None:
+        request = agent_pb2.CloseStdinRequest(container_id=container_id, exec_id=exec_id)
+        with translated(f"CloseStdin {container_id}/{exec_id}"):
+            await self.client.close_stdin(request, timeout_s=REQUEST_TIMEOUT_S)
+
+    async def tty_win_resize(self, container_id: str, exec_id: str, width: int, height: int) -> None:
+        request = agent_pb2.TtyWinResizeRequest(
+            container_id=container_id, exec_id=exec_id, row=height, column=width
+        )
+        with translated(f"TtyWinResize {container_id}/{exec_id}"):
+            await self.client.tty_win_resize(request, timeout_s=REQUEST_TIMEOUT_S)
+
+    async def get_oom_event(self) -> str:
+        """The id of the next container that ran out of memory; waits for it."""
+        with translated("GetOOMEvent"):
+            return (await self.client.get_oom_event(agent_pb2.GetOOMEventRequest())).container_id
+
+
+def _sandbox_storages(hypervisor: HypervisorConfig, shm_size_bytes: int) -> list[agent_pb2.Storage]:
+    storages = []
+    if hypervisor.shared_fs is SharedFS.VIRTIO_FS:
+        dax = hypervisor.virtio_fs_cache_size_mib and hypervisor.virtio_fs_cache not in ("never", "metadata")
+        storages.append(
+            agent_pb2.Storage(
+                driver="virtio-fs",
+                source=MOUNT_GUEST_TAG,
+                fstype="virtiofs",
+                options=["dax"] if dax else [],
+                mount_point=GUEST_SHARED_DIR,
+            )
+        )
+    elif hypervisor.shared_fs is SharedFS.VIRTIO_9P:
+        options = f"trans=virtio,version=9p2000.L,cache=mmap,msize={hypervisor.msize_9p}"
+        storages.append(
+            agent_pb2.Storage(
+                driver="9p",
+                source=MOUNT_GUEST_TAG,
+                fstype="9p",
+                options=[options, "nodev"],
+                mount_point=GUEST_SHARED_DIR,
+            )
+        )
+    if shm_size_bytes:
+        storages.append(
+            agent_pb2.Storage(
+                driver="ephemeral",
+                source="shm",
+                fstype="tmpfs",
+                options=["noexec", "nosuid", "nodev", "mode=1777", f"size={shm_size_bytes}"],
+                mount_point=GUEST_SANDBOX_DIR + "shm",
+            )
+        )
+    return storages

@@ -1,0 +1,64 @@
+"""Cleaning a pod up in a process that did not make it, from what is persisted.
+
+For containerd's `delete` after the shim died.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from virtcontainers import mount, persist
+from virtcontainers.errors import KataError, NotFoundError
+from virtcontainers.fs_share import FilesystemShare
+
+log = logging.getLogger(__name__)
+
+
+async def cleanup(sandbox_id: str, container_id: str) -> None:
+    """Take one container, or with the sandbox's own id the whole pod, off the host; idempotent.
+
+    The pod's machine is ended in both cases, unless a shim that is alive still owns it. Raises KataError,
+    after having tried everything, with the first thing that would not go.
+    """
+    try:
+        state = persist.load(sandbox_id)
+    except NotFoundError as error:
+        log.info("%s", error, extra={"sandbox": sandbox_id})
+        state = persist.SandboxState(id=sandbox_id, shim_pid=0)
+    failures: list[KataError] = []
+    if state.hypervisor and (container_id == sandbox_id or not _is_shim(state.shim_pid)):
+        from virtcontainers.hypervisor.qemu import Qemu
+
+        try:
+            await Qemu.cleanup(state.hypervisor)
+        except KataError as error:
+            failures.append(error)
+    for id_, rootfs in state.rootfs.items():
+        if container_id in (id_, sandbox_id):
+            mount.unmount_below(Path(rootfs))
+    try:
+        if container_id == sandbox_id:
+            remove_host_state(sandbox_id)
+        else:
+            share = FilesystemShare(sandbox_id)
+            share.unshare_files(container_id)
+            share.unshare_container(container_id)
+    except KataError as error:
+        failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def _is_shim(pid: int) -> bool:
+    """Whether the pid is still a shim of ours: pids are used again."""
+    try:
+        return b"containerd-shim-kata-py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def remove_host_state(sandbox_id: str) -> None:
+    """Remove a sandbox's share and then what is persisted of it; its machine is gone already. Idempotent."""
+    FilesystemShare(sandbox_id).cleanup()
+    persist.destroy(sandbox_id)

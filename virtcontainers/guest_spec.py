@@ -1,0 +1,114 @@
+"""The guest's version of a container's OCI spec: the host's business goes, the rest names guest paths.
+
+The rules are Kata's (`constrainGRPCSpec`, `handleShm`, `mountSharedDirMounts` of its Go runtime), so that its
+agent gets what it expects.
+"""
+
+from __future__ import annotations
+
+import copy
+import stat
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from virtcontainers.config import GUEST_SANDBOX_DIR, OCISpec
+from virtcontainers.errors import InvalidArgumentError
+
+ShareFile = Callable[[Path, str, bool], str]
+"""(host source, destination, read-only) -> source in the guest."""
+
+_DEFAULT_SHM_BYTES = 64 << 20
+
+
+def guest_spec(
+    spec: OCISpec, *, rootfs: str, share_file: ShareFile, shm_size_bytes: int, pass_seccomp: bool
+) -> tuple[OCISpec, bool]:
+    """Return the guest's spec and whether the container joins the sandbox's PID namespace.
+
+    `spec` is not modified. Raises InvalidArgumentError for a bind mount without source, and what `share_file`
+    raises.
+    """
+    guest = copy.deepcopy(spec)
+    guest["root"] = {**guest.get("root", {}), "path": rootfs}
+    # Hooks of the host's life cycle have run on the host; its security labels mean nothing in the guest.
+    guest.pop("hooks", None)
+    process = guest.get("process")
+    if process:
+        process.pop("apparmorProfile", None)
+        process.pop("selinuxLabel", None)
+    guest["mounts"] = [_guest_mount(m, share_file, shm_size_bytes) for m in guest.get("mounts", [])]
+    linux = guest.setdefault("linux", {})
+    linux.pop("mountLabel", None)
+    linux.pop("intelRdt", None)
+    if not pass_seccomp:
+        linux.pop("seccomp", None)
+    _constrain_resources(linux.get("resources", {}))
+    return guest, _constrain_namespaces(linux)
+
+
+def _constrain_resources(resources: dict[str, Any]) -> None:
+    # Devices and disks have other numbers in the guest, and CPUs and NUMA nodes other names.
+    for key in ("devices", "blockIO", "network", "rdma"):
+        resources.pop(key, None)
+    cpu = resources.get("cpu", {})
+    for key in ("cpus", "mems"):
+        cpu.pop(key, None)
+
+
+def _constrain_namespaces(linux: dict[str, Any]) -> bool:
+    """Network, time and cgroup are the machine's; the agent itself makes the PID namespace, or joins the
+    sandbox's when the host's spec named one to join."""
+    shared_pidns = False
+    kept = []
+    for namespace in linux.get("namespaces", []):
+        if namespace["type"] == "pid":
+            shared_pidns = bool(namespace.get("path"))
+        elif namespace["type"] not in ("network", "time", "cgroup"):
+            kept.append({"type": namespace["type"]})
+    linux["namespaces"] = kept
+    return shared_pidns
+
+
+def _guest_mount(entry: dict[str, Any], share_file: ShareFile, shm_size_bytes: int) -> dict[str, Any]:
+    destination, options = entry["destination"], entry.get("options") or []
+    if destination == "/dev/shm":
+        return _shm(destination, shm_size_bytes)
+    if entry.get("type") != "bind" and not {"bind", "rbind"} & set(options):
+        return entry
+    source = entry.get("source", "")
+    if not source.startswith("/"):
+        raise InvalidArgumentError(f"mount {destination}: source {source!r} of a bind mount must be absolute")
+    if _is_system_path(source) or _is_host_device(Path(source)):
+        return entry
+    return {**entry, "type": "bind", "source": share_file(Path(source), destination, "ro" in options)}
+
+
+def _shm(destination: str, size_bytes: int) -> dict[str, Any]:
+    if size_bytes:
+        return {
+            "destination": destination,
+            "type": "bind",
+            "source": GUEST_SANDBOX_DIR + "shm",
+            "options": ["rbind"],
+        }
+    options = ["noexec", "nosuid", "nodev", "mode=1777", f"size={_DEFAULT_SHM_BYTES}"]
+    return {"destination": destination, "type": "tmpfs", "source": "shm", "options": options}
+
+
+def _is_system_path(source: str) -> bool:
+    """/proc and /sys of the host make no sense in a guest: it binds its own."""
+    parts = PurePosixPath(source).parts
+    return len(parts) > 1 and parts[1] in ("proc", "sys")
+
+
+def _is_host_device(source: Path) -> bool:
+    """/dev, and all in it that is no regular file: the guest binds its own."""
+    if source == Path("/dev"):
+        return True
+    if not source.is_relative_to("/dev"):
+        return False
+    try:
+        return not stat.S_ISREG(source.stat().st_mode)
+    except OSError as error:
+        raise InvalidArgumentError(f"bind mount source {source}: {error.strerror}") from error

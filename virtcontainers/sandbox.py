@@ -1,0 +1,265 @@
+"""A pod: one machine and the containers in it, after Kata's `sandbox.go`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from virtcontainers import cleanup, persist
+from virtcontainers.agent import KataAgent
+from virtcontainers.config import ContainerConfig, SandboxConfig, SharedFS
+from virtcontainers.container import Container
+from virtcontainers.errors import (
+    AlreadyExistsError,
+    InvalidArgumentError,
+    KataError,
+    UnavailableError,
+    UnimplementedError,
+)
+from virtcontainers.fs_share import FilesystemShare
+from virtcontainers.vm import VM, VMConfig
+
+if TYPE_CHECKING:
+    from virtcontainers.factory import Factory
+
+log = logging.getLogger(__name__)
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+"""As containerd's identifiers: ids become names of files."""
+
+_DESTROY_TIMEOUT_S = 10.0
+
+Hook = Callable[["Sandbox"], Awaitable[None]]
+
+
+async def create_sandbox(config: SandboxConfig, factory: Factory, *, prestart: Hook | None = None) -> Sandbox:
+    """Make the pod's machine and create its first container, `sandbox.containers[config.container.id]`.
+
+    `prestart` is awaited when the machine runs and before the agent hears of the sandbox. Whatever fails,
+    all is undone: nothing of the pod is left on the host. Raises KataError's classes.
+    """
+    _check_id("sandbox", config.id)
+    if persist.sandbox_dir(config.id).exists():
+        raise AlreadyExistsError(f"sandbox {config.id} exists already: {persist.sandbox_dir(config.id)}")
+    sandbox = Sandbox(config, factory)
+    try:
+        await sandbox._start(prestart)
+    except BaseException:
+        await asyncio.shield(sandbox.delete())
+        raise
+    return sandbox
+
+
+def _check_id(what: str, value: str) -> None:
+    if not _ID.fullmatch(value):
+        raise InvalidArgumentError(f"{what} id {value!r}: expected letters, digits, '_', '.' and '-'")
+
+
+class Sandbox:
+    """One pod, owned by the process that made it."""
+
+    agent: KataAgent
+    """There once `create_sandbox` has returned, and in its `prestart`."""
+
+    def __init__(self, config: SandboxConfig, factory: Factory) -> None:
+        self.id = config.id
+        self.config = config
+        self.containers: dict[str, Container] = {}
+        self.fs_share = FilesystemShare(config.id)
+        self.is_dead = False
+        """The machine or its agent is gone: nothing more is asked of them."""
+        self._factory = factory
+        self._vm: VM | None = None
+        self._state = persist.SandboxState(id=config.id, shim_pid=os.getpid())
+        self._log = logging.LoggerAdapter(log, {"sandbox": config.id})
+        self._deleted = False
+
+    @property
+    def hypervisor_pid(self) -> int:
+        """QEMU's pid. Raises UnavailableError when there is no machine."""
+        if self._vm is None:
+            raise UnavailableError(f"sandbox {self.id} has no machine")
+        return self._vm.hypervisor.pid
+
+    async def _start(self, prestart: Hook | None) -> None:
+        config = self.config
+        _check_id("container", config.container.id)
+        container = Container(self, config.container)
+        self.containers[container.id] = container
+        self.save()
+        self.fs_share.prepare()
+        machine = asyncio.create_task(self._get_vm())
+        try:
+            # The machine starts meanwhile: QEMU is a process of its own once the task has had its turn.
+            await asyncio.sleep(0)
+            container.share()
+        except BaseException:
+            machine.cancel()
+            await asyncio.wait({machine})
+            raise
+        await machine
+        if prestart is not None:
+            await prestart(self)
+        await asyncio.gather(
+            self.agent.get_guest_details(),
+            self.agent.create_sandbox(
+                self.id,
+                hostname=config.hostname,
+                dns=list(config.network.dns) or _dns(container),
+                sandbox_pidns=config.sandbox_pidns,
+                shm_size_bytes=config.shm_size_bytes,
+                hypervisor=config.hypervisor,
+                config=config.agent,
+            ),
+        )
+        await self.update_resources()
+        await container.create()
+
+    async def _get_vm(self) -> None:
+        def on_planned(hypervisor: dict[str, Any]) -> None:
+            self._state.hypervisor = hypervisor
+            self.save()
+
+        self._vm = await self._factory.get_vm(
+            self.id,
+            VMConfig(hypervisor=self.config.hypervisor, agent=self.config.agent),
+            shared_path=None
+            if self.config.hypervisor.shared_fs is SharedFS.NONE
+            else self.fs_share.shared_path,
+            on_planned=on_planned,
+        )
+        self.agent = KataAgent(self._vm.agent)
+
+    async def create_container(self, config: ContainerConfig) -> Container:
+        """Add a container: to the list, then the machine is fitted to the list, then the agent creates it.
+
+        In this order because a container whose creation itself needs memory would not survive the other one.
+        When any of it fails, the container leaves the list again and nothing of it stays.
+        """
+        _check_id("container", config.id)
+        self._require_alive()
+        if config.id in self.containers:
+            raise AlreadyExistsError(f"container {config.id} exists already in sandbox {self.id}")
+        container = Container(self, config)
+        self.containers[config.id] = container
+        try:
+            self.save()
+            container.share()
+            await self.update_resources()
+            await container.create()
+        except BaseException:
+            await asyncio.shield(self._roll_back(container))
+            raise
+        return container
+
+    async def _roll_back(self, container: Container) -> None:
+        try:
+            await container.cleanup()
+        finally:
+            self.remove_container(container)
+
+    def remove_container(self, container: Container) -> None:
+        """Take a container that is gone from the guest and the host off the list."""
+        self.containers.pop(container.id, None)
+        if not self._deleted:
+            self.save()
+
+    async def update_resources(self) -> None:
+        """Fit the machine to what its containers ask for, after Kata's `updateResources`.
+
+        A machine made by the direct factory has its full size from the start.
+        """
+
+    def _require_alive(self) -> None:
+        if self.is_dead or self._vm is None:
+            raise UnavailableError(f"sandbox {self.id}: its machine is gone")
+
+    async def monitor(self) -> str:
+        """Return when the machine or its agent has died, with a sentence that says why; await it once.
+
+        From then on nothing more is asked of them: streams end, waits raise UnavailableError.
+        """
+        self._require_alive()
+        assert self._vm is not None
+        watches = {
+            asyncio.create_task(self._vm.hypervisor.wait_dead()),
+            asyncio.create_task(self._watch_agent()),
+        }
+        try:
+            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            reason = done.pop().result()
+        finally:
+            for watch in watches:
+                watch.cancel()
+        self.is_dead = True
+        self._log.error("the pod is dead: %s", reason)
+        await self._vm.agent.close()
+        return reason
+
+    async def _watch_agent(self) -> str:
+        while True:
+            await asyncio.sleep(self.config.check_interval_s)
+            try:
+                await self.agent.check()
+            except KataError as error:
+                return str(error)
+
+    async def wait_oom(self) -> str:
+        """The id of the next container in which the guest's kernel killed for memory. Waits for ever on an
+        agent that does not tell. Raises UnavailableError when the machine dies."""
+        try:
+            return await self.agent.get_oom_event()
+        except UnimplementedError:
+            return await asyncio.get_running_loop().create_future()
+
+    async def stop(self) -> None:
+        """End the containers, the sandbox in the guest and the machine; idempotent.
+
+        What the guest refuses, or is too late with, is logged: the machine is ended all the same.
+        """
+        if self._vm is None:
+            return
+        if not self.is_dead:
+            await asyncio.gather(*(c.stop(force=True) for c in self.containers.values()))
+            await asyncio.gather(*(c.cleanup() for c in self.containers.values()))
+            try:
+                # Not a courtesy: it unmounts the share, and with it writes back what the guest has cached.
+                await self.agent.destroy_sandbox(_DESTROY_TIMEOUT_S)
+            except KataError as error:
+                self._log.warning("the guest did not end the sandbox: %s", error)
+        self.is_dead = True
+        await self._vm.stop()
+
+    async def delete(self) -> None:
+        """Stop, and take everything off the host; idempotent."""
+        if self._deleted:
+            return
+        await self.stop()
+        self._deleted = True
+        for container in list(self.containers.values()):
+            await container.cleanup()
+        cleanup.remove_host_state(self.id)
+
+    def save(self) -> None:
+        """Persist what `virtcontainers.cleanup` would need."""
+        self._state.rootfs = {
+            c.id: str(c.config.rootfs.target) for c in self.containers.values() if c.config.rootfs.mounts
+        }
+        persist.store(self._state)
+
+
+def _dns(container: Container) -> list[str]:
+    """The lines of the resolv.conf that containerd mounts into the container, as Kata sends them."""
+    for entry in container.config.spec.get("mounts") or []:
+        if entry["destination"] == "/etc/resolv.conf" and entry.get("source"):
+            try:
+                text = Path(entry["source"]).read_text()
+            except (OSError, UnicodeDecodeError) as error:
+                raise InvalidArgumentError(f"{entry['source']} of /etc/resolv.conf: {error}") from error
+            return [line for line in text.splitlines() if line.strip()]
+    return []
