@@ -93,6 +93,8 @@ class FilesystemShare:
                     self._unshare(entry)
 
     def _unshare(self, path: Path) -> None:
+        # The copy in `shared` first: an unmount does not reach a copy that has mounts of its own in it.
+        mount.unmount_below(self.shared_path / path.name)
         mount.unmount_below(path)
         if path.is_dir():
             mount.remove_mountpoints(path)
