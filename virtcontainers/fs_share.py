@@ -80,7 +80,7 @@ class FilesystemShare:
             mount.bind_mount(source, private, readonly=True, recursive=True)
             mount.bind_mount(private, target, recursive=True)
         finally:
-            self._unshare(private)
+            _take_down(private)
         return GUEST_SHARED_DIR + name
 
     def unshare_files(self, container_id: str) -> None:
@@ -95,11 +95,7 @@ class FilesystemShare:
     def _unshare(self, path: Path) -> None:
         # The copy in `shared` first: an unmount does not reach a copy that has mounts of its own in it.
         mount.unmount_below(self.shared_path / path.name)
-        mount.unmount_below(path)
-        if path.is_dir():
-            mount.remove_mountpoints(path)
-        else:
-            path.unlink(missing_ok=True)
+        _take_down(path)
 
     def cleanup(self) -> None:
         """Unmount and remove the whole share; idempotent. Raises KataError rather than delete anything
@@ -107,3 +103,11 @@ class FilesystemShare:
         mount.unmount_below(self.shared_path)
         mount.unmount_below(self.root)
         mount.remove_mountpoints(self.root)
+
+
+def _take_down(path: Path) -> None:
+    mount.unmount_below(path)
+    if path.is_dir():
+        mount.remove_mountpoints(path)
+    else:
+        path.unlink(missing_ok=True)
