@@ -61,11 +61,13 @@ def test_rootfs_is_seen_and_written_through_the_share(
 def test_the_guest_cannot_make_or_rename_at_the_top_of_the_share(
     share: FilesystemShare, tmp_path: Path
 ) -> None:
-    share.share_root_filesystem("web", overlay(tmp_path, 1))
+    rootfs = overlay(tmp_path, 1)
+    share.share_root_filesystem("web", rootfs)
     with pytest.raises(OSError, match="Read-only"):
         (share.shared_path / "x").mkdir()
     with pytest.raises(OSError, match="Read-only"):
         (share.shared_path / "web").rename(share.shared_path / "other")
+    share.unshare_root_filesystem("web", rootfs)
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
