@@ -1,0 +1,118 @@
+# Shared by the scripts of hack/: paths, steps with progress, root. Sourced, never run.
+
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+venv=$repo/.venv
+# Two clones on one machine share what is expensive to make, and nothing that runs.
+key=$(printf %s "$repo" | sha256sum | cut -c1-8)
+cache_dir=/var/cache/kata-py
+state_dir=/var/lib/kata-py/$key
+log_dir=/var/log/kata-py
+log=$log_dir/$(basename "$0" .sh).log
+
+if [ -t 1 ]; then
+    terminal=yes bold=$'\e[1m' green=$'\e[32m' red=$'\e[31m' plain=$'\e[0m'
+else
+    terminal='' bold='' green='' red='' plain=''
+fi
+
+die() {
+    printf '%serror:%s %s\n' "$red" "$plain" "$*" >&2
+    exit 1
+}
+
+require_root() {
+    [ "$(id -u)" = 0 ] || die "$(basename "$0") must run as root: it installs packages and starts machines"
+    mkdir -p "$log_dir"
+    printf '\n=== %s %s, %s\n' "$(date -Is)" "$0" "$repo" >>"$log"
+}
+
+headline() {
+    printf '%s%s%s\n' "$bold" "$*" "$plain"
+}
+
+# On a terminal: the title, the seconds, and the command's latest line.
+show_progress() {
+    local title=$1 latest
+    trap 'exit 0' TERM
+    while sleep 0.3; do
+        latest=$(tail -n 1 "$log" | tr '\r' '\n' | tail -n 1 | tr -cd '[:print:]')
+        printf '\r\e[K  ...   %s (%ss) %s' "$title" "$SECONDS" "${latest:0:$((COLUMNS > 60 ? COLUMNS - 50 : 30))}"
+    done
+}
+
+# step TITLE COMMAND...: runs it with its output in the log; shows how it went and, if badly, the log's end.
+step() {
+    local title=$1 progress='' status=0
+    shift
+    SECONDS=0
+    printf '\n--- %s: %s\n' "$title" "$*" >>"$log"
+    if [ -n "$terminal" ]; then
+        COLUMNS=$(tput cols 2>/dev/null || echo 80)
+        show_progress "$title" &
+        progress=$!
+    fi
+    # A subshell of its own: inside `if` or `||` bash would not stop the command at its first failure.
+    set +e
+    (set -e; "$@") >>"$log" 2>&1 </dev/null
+    status=$?
+    set -e
+    if [ -n "$progress" ]; then
+        kill "$progress" 2>/dev/null || true
+        wait "$progress" 2>/dev/null || true
+        printf '\r\e[K'
+    fi
+    if [ "$status" != 0 ]; then
+        printf '  %sfailed%s %s, exit status %s; the end of %s:\n' "$red" "$plain" "$title" "$status" "$log"
+        tail -n 25 "$log" | sed 's/^/    /'
+        exit "$status"
+    fi
+    printf '  %sok%s    %s (%ss)\n' "$green" "$plain" "$title" "$SECONDS"
+}
+
+# write_programs VENV PATH...: the programs into VENV/bin, finding our packages on PATH..., all compiled.
+# containerd runs the shim three times per pod: -I and -S leave out the environment and the site module, whose
+# .pth files alone cost as much as the rest of the interpreter's start.
+write_programs() {
+    local venv=$1 packages program
+    shift
+    packages=$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')
+    while read -r program module function; do
+        {
+            echo "#!$venv/bin/python -IS"
+            echo "import sys"
+            printf 'sys.path += ['
+            printf '"%s", ' "$@"
+            printf '"%s"]\n' "$packages"
+            echo "from $module import $function"
+            echo "sys.exit($function())"
+        } >"$venv/bin/$program.new"
+        chmod +x "$venv/bin/$program.new"
+        mv "$venv/bin/$program.new" "$venv/bin/$program"
+    done <<'PROGRAMS'
+containerd-shim-kata-py-v2 shim.main main
+kata-py katautils.cli.main main
+PROGRAMS
+}
+
+# compile_packages VENV PATH: the bytecode of our packages below PATH; a shim must never compile at its start.
+compile_packages() {
+    local package
+    for package in shim katautils virtcontainers agent_client ttrpc guest; do
+        "$1/bin/python" -m compileall -q "$2/$package"
+    done
+}
+
+# link_programs BIN: /usr/local/bin/PROGRAM -> BIN/PROGRAM, where the name is free, dangling or a kata-py's already.
+link_programs() {
+    local program link
+    for program in containerd-shim-kata-py-v2 kata-py; do
+        link=/usr/local/bin/$program
+        if [ ! -e "$link" ] || [[ -L $link && $(readlink "$link") == */"$program" ]]; then
+            ln -sfn "$1/$program" "$link"
+        else
+            echo "$link is not ours: left as it is"
+        fi
+    done
+}

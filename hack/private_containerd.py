@@ -1,0 +1,202 @@
+"""A containerd of our own: real, with its own root, state and sockets, beside whatever the machine runs.
+
+`hack/containerd`, `hack/ctr`, the benchmark and the integration tests share it. Standard library only, because
+it runs under /usr/bin/python3 before anything is set up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+# As in lib.sh: two clones share what is expensive to make, and nothing that runs.
+KEY = hashlib.sha256(str(REPO).encode()).hexdigest()[:8]
+CACHE = Path("/var/cache/kata-py")
+STATE = Path("/var/lib/kata-py") / KEY
+RUN = Path("/run/kata-py") / KEY
+GUEST_IMAGE = STATE / "guest"
+TEST_IMAGE_ARCHIVE = CACHE / "images/busybox.tar"
+TEST_IMAGE = "docker.io/library/busybox:latest"
+RUNTIME = "io.containerd.kata-py.v2"
+
+Settings = Mapping[str, Mapping[str, Any]]
+"""Section ("hypervisor.qemu") to keys and values, as in Kata's configuration.toml."""
+
+
+def write_kata_config(path: Path, settings: Settings | None = None) -> Path:
+    """A configuration.toml for the guest image of this clone, small enough for many at once; `settings` come on top."""
+    merged: dict[str, dict[str, Any]] = {
+        "hypervisor.qemu": {
+            "kernel": str(GUEST_IMAGE / "vmlinuz"),
+            "initrd": str(GUEST_IMAGE / "initrd.img"),
+            "default_memory": 256,
+        }
+    }
+    for section, values in (settings or {}).items():
+        merged.setdefault(section, {}).update(values)
+    lines = []
+    for section, values in merged.items():
+        # What JSON writes for strings, numbers, booleans and lists is TOML too.
+        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items()), ""]
+    path.write_text("\n".join(lines))
+    return path
+
+
+class ContainerdError(Exception):
+    """The private containerd did not start, stop or answer; the message ends with its log's last lines."""
+
+
+@dataclass(frozen=True)
+class Containerd:
+    """One private instance; `root` outlives it, `run` holds its config, sockets, pid file and log."""
+
+    root: Path
+    run: Path
+    binaries: Path = Path("/usr/bin")
+    """Where `containerd` and `ctr` are."""
+
+    @property
+    def address(self) -> Path:
+        return self.run / "containerd.sock"
+
+    @property
+    def config(self) -> Path:
+        return self.run / "containerd.toml"
+
+    @property
+    def kata_config(self) -> Path:
+        return self.run / "configuration.toml"
+
+    @property
+    def log(self) -> Path:
+        return self.run / "containerd.log"
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.run / "containerd.pid"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the running instance; a recycled pid is told by its command line."""
+        try:
+            pid = int(self._pid_file.read_text())
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            return None
+        return pid if str(self.config).encode() in arguments else None
+
+    def start(self) -> None:
+        """Returns once it answers; does nothing when it already runs."""
+        if self.pid:
+            return
+        for directory in (self.root, self.run):
+            directory.mkdir(parents=True, exist_ok=True)
+        self._write_config()
+        if not self.kata_config.exists():
+            write_kata_config(self.kata_config)
+        environment = os.environ | {
+            "PATH": f"{REPO}/.venv/bin:{self.binaries}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "KATA_CONF_FILE": str(self.kata_config),
+        }
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [self.binaries / "containerd", "--config", self.config],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._pid_file.write_text(str(process.pid))
+        deadline = time.monotonic() + 60
+        while self.ctr("version").returncode:
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                raise ContainerdError(f"{self.binaries}/containerd did not start:\n{self.log_tail()}")
+            time.sleep(0.05)
+        if TEST_IMAGE_ARCHIVE.exists() and TEST_IMAGE not in self.ctr("images", "ls", "-q").stdout:
+            self.ctr("images", "import", str(TEST_IMAGE_ARCHIVE), check=True)
+
+    def terminate(self, timeout_s: float = 30) -> None:
+        """Ends containerd alone: containers go on."""
+        pid = self.pid
+        if pid is None:
+            return
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + timeout_s
+        while self.pid:
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.02)
+        self._pid_file.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """Ends every container, then containerd."""
+        if self.pid:
+            self.remove_containers()
+        self.terminate()
+
+    def remove_containers(self) -> None:
+        for namespace in self.ctr("namespaces", "ls", "-q").stdout.split():
+            for task in self.ctr("-n", namespace, "tasks", "ls", "-q").stdout.split():
+                self.ctr("-n", namespace, "tasks", "rm", "-f", task)
+            for container in self.ctr("-n", namespace, "containers", "ls", "-q").stdout.split():
+                self.ctr("-n", namespace, "containers", "rm", container)
+
+    def destroy(self) -> None:
+        """Stops it and removes all it ever wrote."""
+        self.stop()
+        for directory in (self.root, self.run):
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def ctr_command(self, *arguments: str) -> list[str]:
+        return [str(self.binaries / "ctr"), "--address", str(self.address), *arguments]
+
+    def ctr(
+        self, *arguments: str, check: bool = False, timeout_s: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        result = subprocess.run(
+            self.ctr_command(*arguments), capture_output=True, text=True, timeout=timeout_s
+        )
+        if check and result.returncode:
+            raise ContainerdError(f"ctr {' '.join(arguments)}: {result.stderr.strip()}\n{self.log_tail()}")
+        return result
+
+    def log_tail(self, lines: int = 15) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def _write_config(self) -> None:
+        # Version 2 is read by 1.6, 1.7 and 2.x. The CRI and NRI plugins would listen where the machine's own
+        # containerd may; `opt` would make /opt/containerd.
+        self.config.write_text(
+            f"""version = 2
+root = "{self.root}"
+state = "{self.run}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
+                    "io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt"]
+[grpc]
+  address = "{self.address}"
+[ttrpc]
+  address = "{self.address}.ttrpc"
+[debug]
+  level = "debug"
+"""
+        )
+
+
+def of_this_clone() -> Containerd:
+    """The instance of `hack/containerd` and `hack/ctr`."""
+    return Containerd(root=STATE / "containerd", run=RUN)
