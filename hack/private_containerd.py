@@ -186,6 +186,7 @@ class Containerd:
 root = "{self.root}"
 state = "{self.run}/state"
 disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
+                    "io.containerd.podsandbox.controller.v1.podsandbox",
                     "io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt"]
 [grpc]
   address = "{self.address}"
