@@ -1,0 +1,32 @@
+"""The image that the guest boots from: a kernel, and an initrd that is all of its root.
+
+    python -m guest.image.build --output DIR [--cache DIR]
+
+writes DIR/vmlinuz (the kernel, as an ELF file), DIR/initrd.img and DIR/manifest.json (what went in, by
+version and hash). By hand, on a machine without KVM; the agent's port is the socket agent.sock:
+
+    cd DIR
+    qemu-system-x86_64 -machine q35,accel=tcg -cpu max -m 256 -nodefaults -no-user-config \\
+        -display none -no-reboot -serial stdio -kernel vmlinuz -initrd initrd.img \\
+        -append "console=ttyS0 quiet panic=-1 agent.transport=serial" -device virtio-serial-pci \\
+        -chardev socket,id=agent,path=agent.sock,server=on,wait=off \\
+        -device virtserialport,chardev=agent,name=agent.channel.0
+
+What the agent finds:
+
+    /init                  runs guest.agent.main:main() as PID 1, with python3 -ISB; the console is standard
+                           input, output and error
+    /proc /sys /dev        empty, mounting them is the agent's work; so are /run, /tmp and others.
+                           /dev has console and null
+    /usr/bin               crun, busybox and links to it (sh, mount, ...), in /usr/sbin too (modprobe, ip)
+    /usr/lib/python3.X     the standard library as bytecode (less python.STDLIB_PRUNED), with google.protobuf,
+                           ttrpc, agent_client.protocols and guest.agent
+    /etc/kata-py/modules   kernel modules to load at boot: absolute paths, one a line, in load order
+    /lib/modules/RELEASE   all modules, uncompressed, with modules.dep (as kmod writes it: the dependency to
+                           load first stands last), modules.alias and modules.builtin
+
+A module that is not in the boot list comes in two ways. What the kernel itself asks for by an alias (a file
+system at its first mount, a cipher, a netfilter table) it gets through /sbin/modprobe, with nobody's help.
+The driver of a device, found or hot-plugged, is loaded by the agent: virtio_blk, virtio_scsi and sd_mod,
+virtio_net, virtio_mem, virtio_balloon, virtio_rng.
+"""

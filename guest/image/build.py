@@ -1,0 +1,357 @@
+"""`python -m guest.image.build --output DIR`: the guest's kernel and initrd. See guest.image for what is in
+them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from guest.image import apt, cpio, elf, kernel, modules, python
+from guest.image.progress import Progress
+
+# Raise when the image would come out differently for a reason that is not among the inputs of the key.
+FORMAT = 1
+
+DEFAULT_CACHE = Path("/var/cache/kata-py/guest")
+_KEPT_IMAGES = 4
+
+# The generic kernels; Debian's cloud kernel has neither 9p nor virtio-fs.
+_KERNELS = ("linux-image-amd64", "linux-image-generic")
+_ROOTS = ("busybox-static", "crun", "libc6", "libgcc-s1", "libpython3-stdlib", "python3-minimal", "zstd")
+_FOLLOWED = re.compile(r"linux-(image|modules|binary)-.*|(lib)?python3\.\d+-(minimal|stdlib)")
+
+LIBRARIES = "/usr/lib/x86_64-linux-gnu"
+_LIBRARY_DIRECTORIES = ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu")
+# The C library opens it by name when a thread is cancelled; no NEEDED entry says so.
+_EXTRA_LIBRARIES = ("libgcc_s.so.1",)
+
+_INIT = """#!{interpreter} -ISB
+from guest.agent.main import main
+main()
+"""
+
+BuildError = (apt.AptError, elf.ElfError, kernel.KernelError, modules.ModuleError, python.PythonError)
+
+
+def _followed(package: apt.Package) -> bool:
+    return package.section == "libs" or _FOLLOWED.fullmatch(package.name) is not None
+
+
+def resolve_packages() -> list[apt.Package]:
+    """All packages of the image, refreshing apt's lists when it has none."""
+    for attempt in ("as it is", "updated"):
+        found = next((name for name in _KERNELS if apt.known(name)), None)
+        if found:
+            return apt.resolve([found, *_ROOTS], _followed)
+        if attempt == "as it is":
+            apt.update()
+    raise apt.AptError(
+        f"apt knows none of the kernels {', '.join(_KERNELS)}: expected Debian or Ubuntu on amd64"
+    )
+
+
+def inputs(packages: Sequence[apt.Package]) -> dict[str, Any]:
+    """Everything the image is made of, as JSON. Two equal inputs make equal images."""
+    protobuf, extension = python.protobuf()
+    return {
+        "format": FORMAT,
+        "packages": {
+            package.name: {"version": package.version, "sha256": package.sha256} for package in packages
+        },
+        "builder": _hash_files(sorted(Path(__file__).parent.glob("*.py"))),
+        "sources": _hash_sources(python.own_sources()),
+        "protobuf": _hash_sources([*protobuf, python.Source(extension, "google/_upb/_message")]),
+    }
+
+
+def key_of(made_of: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _hash_files(paths: Sequence[Path]) -> str:
+    return _hash_sources([python.Source(path, path.name) for path in paths])
+
+
+def _hash_sources(sources: Sequence[python.Source]) -> str:
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(f"{source.module}\0{hashlib.sha256(source.path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+class Unpacked:
+    """The packages' files, and the programs among them, which run without being installed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.libraries = [directory / name for name in _LIBRARY_DIRECTORIES]
+
+    def one(self, *patterns: str) -> Path:
+        for pattern in patterns:
+            if found := sorted(self.directory.glob(pattern)):
+                return found[-1]
+        raise apt.AptError(
+            f"none of the packages has a file {' or '.join(patterns)}: their layout is not known"
+        )
+
+    def command(self, program: Path) -> list[str]:
+        """With the libraries and the dynamic linker of the tree, not those of the host."""
+        linker = self.one(*(f"{name}/ld-linux-x86-64.so.2" for name in _LIBRARY_DIRECTORIES))
+        return [str(linker), "--library-path", ":".join(map(str, self.libraries)), str(program)]
+
+    def decompress_zstd(self, data: bytes | Path) -> bytes:
+        if isinstance(data, Path):
+            data = data.read_bytes()
+        command = [*self.command(self.directory / "usr/bin/zstd"), "-dcq"]
+        return subprocess.run(command, input=data, stdout=subprocess.PIPE, check=True).stdout
+
+
+def build(packages: Sequence[apt.Package], store: Path, work: Path, progress: Progress) -> dict[str, Any]:
+    """Writes work/vmlinuz and work/initrd.img from the fetched packages; returns what the manifest tells of
+    them."""
+    tree = Unpacked(work / "tree")
+    with progress.step("unpacking packages"):
+        for package in packages:
+            progress.detail(package.name)
+            apt.unpack([package], store, tree.directory)
+
+    with progress.step("kernel and modules"):
+        image = tree.one("boot/vmlinuz-*")
+        release = image.name.removeprefix("vmlinuz-")
+        elf_image = kernel.extract(image.read_bytes(), decompress_zstd=tree.decompress_zstd)
+        if not kernel.has_pvh_entry(elf_image):
+            raise kernel.KernelError(f"{image.name} has no PVH entry (CONFIG_PVH)")
+        (work / "vmlinuz").write_bytes(elf_image)
+        module_tree = modules.Tree(
+            tree.one(f"lib/modules/{release}", f"usr/lib/modules/{release}"),
+            decompress_zstd=tree.decompress_zstd,
+        )
+        wanted = modules.closure(module_tree, (*modules.BOOT, *modules.REQUIRED), modules.OPTIONAL)
+        entries = list(module_entries(wanted, module_tree, release))
+
+    with progress.step("programs and libraries"):
+        interpreter = tree.one("usr/bin/python3.[0-9]*")
+        library = f"/usr/lib/{interpreter.name}"
+        stdlib = tree.directory / library[1:]
+        protobuf, message = python.protobuf()
+        programs = {
+            f"/usr/bin/{interpreter.name}": interpreter,
+            "/usr/bin/crun": tree.one("usr/bin/crun", "usr/sbin/crun"),
+            "/usr/bin/busybox": tree.one("bin/busybox", "usr/bin/busybox"),
+            f"{library}/google/_upb/_message.abi3.so": message,
+        }
+        programs |= {f"{library}/lib-dynload/{path.name}": path for path in python.extension_modules(stdlib)}
+        entries += program_entries(programs, tree.libraries)
+
+    with progress.step("bytecode"):
+        sources = [*python.standard_library(stdlib), *protobuf, *python.own_sources()]
+        bytecode = python.compile_sources(tree.command(interpreter), sources, library, work / "bytecode")
+        entries += [cpio.file(f"{library}/{module}.pyc", data) for module, data in bytecode.items()]
+
+    with progress.step("initrd"):
+        entries += skeleton()
+        entries.append(
+            cpio.file("/init", _INIT.format(interpreter=f"/usr/bin/{interpreter.name}").encode(), 0o755)
+        )
+        (work / "initrd.img").write_bytes(cpio.pack(entries))
+    shutil.rmtree(tree.directory)
+    shutil.rmtree(work / "bytecode")
+    return {"kernel_release": release, "python": interpreter.name, "modules": sorted(wanted)}
+
+
+def module_entries(
+    wanted: dict[str, modules.Module], tree: modules.Tree, release: str
+) -> Iterator[cpio.Entry]:
+    directory = f"/usr/lib/modules/{release}"
+    for module in wanted.values():
+        yield cpio.file(f"{directory}/{module.path}", module.data)
+    yield cpio.file(f"{directory}/modules.dep", modules.index_dependencies(wanted).encode())
+    yield cpio.file(f"{directory}/modules.alias", modules.index_aliases(wanted).encode())
+    yield cpio.file(
+        f"{directory}/modules.builtin", "".join(f"{name}.ko\n" for name in sorted(tree.builtin)).encode()
+    )
+    boot = modules.load_order(wanted, modules.BOOT)
+    yield cpio.file(
+        "/etc/kata-py/modules", "".join(f"/lib/modules/{release}/{one.path}\n" for one in boot).encode()
+    )
+
+
+def program_entries(programs: dict[str, Path], libraries: Sequence[Path]) -> list[cpio.Entry]:
+    """The programs and every library they need."""
+    contents = {path: source.read_bytes() for path, source in programs.items()}
+    found = elf.library_closure(contents, libraries)
+    for name in _EXTRA_LIBRARIES:
+        found |= elf.library_closure(
+            {name: next(d / name for d in libraries if (d / name).is_file()).read_bytes()}, libraries
+        )
+        found[name] = next(d / name for d in libraries if (d / name).is_file())
+    return [
+        *(cpio.file(path, data, 0o755) for path, data in contents.items()),
+        *(cpio.file(f"{LIBRARIES}/{name}", path.read_bytes(), 0o755) for name, path in found.items()),
+    ]
+
+
+def skeleton() -> list[cpio.Entry]:
+    """Directories to mount on, links of a merged /usr, and the devices that must be there before devtmpfs
+    is."""
+    return [
+        *(cpio.directory(path) for path in ("/dev", "/etc", "/proc", "/run", "/sys", "/var", "/mnt")),
+        cpio.directory("/root", 0o700),
+        cpio.directory("/tmp", 0o777 | stat.S_ISVTX),
+        cpio.symlink("/var/run", "/run"),
+        *(cpio.symlink(f"/{name}", f"usr/{name}") for name in ("bin", "lib", "lib64", "sbin")),
+        cpio.symlink("/usr/lib64/ld-linux-x86-64.so.2", f"{LIBRARIES}/ld-linux-x86-64.so.2"),
+        *(
+            cpio.symlink(f"/usr/bin/{name}", "busybox")
+            for name in ("sh", "cat", "ls", "mount", "ps", "dmesg")
+        ),
+        *(cpio.symlink(f"/usr/sbin/{name}", "../bin/busybox") for name in ("modprobe", "ip")),
+        cpio.character_device("/dev/console", 5, 1),
+        cpio.character_device("/dev/null", 1, 3, 0o666),
+        cpio.file("/etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n"),
+        cpio.file("/etc/group", b"root:x:0:\n"),
+    ]
+
+
+@contextlib.contextmanager
+def _locked(cache: Path) -> Iterator[None]:
+    """One build in this cache at a time."""
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_FILES = ("vmlinuz", "initrd.img")
+
+
+def is_whole(directory: Path, key: str) -> bool:
+    """Whether `directory` holds the image of this key, undamaged."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text())
+        return bool(manifest["key"] == key) and all(
+            _sha256(directory / name) == manifest["files"][name]["sha256"] for name in _FILES
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def make(cache: Path, progress: Progress) -> Path:
+    """Directory in the cache with the image for this host's packages and our present sources, built if need
+    be."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache):
+        with progress.step("packages' names and versions"):
+            packages = resolve_packages()
+        made_of = inputs(packages)
+        key = key_of(made_of)
+        image = cache / key
+        if is_whole(image, key):
+            os.utime(image)
+            progress.say(f"image {key} is in the cache")
+            return image
+        store = cache / "packages"
+        store.mkdir(exist_ok=True)
+        with progress.step(f"fetching {sum(package.size for package in packages) >> 20} MiB of packages"):
+            apt.fetch(packages, store, progress.detail)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as name:
+            work = Path(name)
+            facts = build(packages, store, work, progress)
+            files = {
+                file: {"size": (work / file).stat().st_size, "sha256": _sha256(work / file)}
+                for file in _FILES
+            }
+            manifest = {"key": key, **facts, "files": files, "inputs": made_of}
+            (work / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            work.chmod(0o755)
+            shutil.rmtree(image, ignore_errors=True)
+            work.rename(image)
+            work.mkdir()  # for TemporaryDirectory to remove
+        _forget_old(cache, packages)
+    return image
+
+
+def _forget_old(cache: Path, packages: Sequence[apt.Package]) -> None:
+    """Leave the newest few images and the packages of the newest."""
+    images = sorted(
+        (path.parent for path in cache.glob("*/manifest.json")), key=lambda path: path.stat().st_mtime
+    )
+    for path in images[:-_KEPT_IMAGES]:
+        shutil.rmtree(path)
+    store = cache / "packages"
+    kept = {apt.file_of(package, store) for package in packages}
+    for path in store.glob("*.deb"):
+        if path not in kept:
+            path.unlink()
+
+
+def install(image: Path, output: Path) -> None:
+    """Copy the image to `output`, the manifest last: where it is whole, everything is. A machine that runs
+    from the files that were there keeps them."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name in (*_FILES, "manifest.json"):
+        new = output / f".{name}.new"
+        shutil.copyfile(image / name, new)
+        new.replace(output / name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m guest.image.build",
+        description="Build the guest's kernel and initrd from the packages of this host's distribution. "
+        "Nothing is installed on the host.",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="gets vmlinuz, initrd.img, manifest.json"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=DEFAULT_CACHE,
+        metavar="DIR",
+        help="packages and images made before (%(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    progress = Progress()
+    try:
+        if platform.machine() != "x86_64":
+            raise apt.AptError(f"the guest image is for x86_64, this host is {platform.machine()}")
+        image = make(options.cache, progress)
+        key = image.name
+        if is_whole(options.output, key):
+            progress.say(f"{options.output} is up to date")
+        else:
+            with progress.step(f"copying to {options.output}"):
+                install(image, options.output)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or 'guest image'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was changed", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
