@@ -1,0 +1,177 @@
+"""The agent's entry point.
+
+As PID 1, `main()` boots the machine and serves for ever; the kernel's command line says how:
+
+    agent.transport=serial|vsock    where the host is listened for; both when it says nothing
+    agent.log=LEVEL                 of the log on the console, "info" if not given
+
+Elsewhere, `python -m guest.agent.main --listen unix:PATH` serves on a unix socket, with everything else real:
+it needs root, cgroup v2 at /sys/fs/cgroup, and a mount namespace of its own that it may change.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+AGENT_PORT = 1024
+SERIAL_PORT = "agent.channel.0"
+
+_VMADDR_CID_ANY = 0xFFFFFFFF
+_DEVICE_POLL_S = 0.05
+_LISTEN_TIMEOUT_S = 30.0
+
+
+def _set_up_imports() -> None:
+    # Nothing here speaks TLS, and asyncio does without: a tenth of the time until we listen.
+    sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
+
+
+def _set_up_logging(level: str) -> None:
+    import logging
+
+    class Logfmt(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            extra = "".join(
+                f" {k}={record.__dict__[k]}" for k in ("sandbox", "container") if k in record.__dict__
+            )
+            message = record.getMessage().replace("\n", "\\n")
+            line = f"agent: {time.monotonic():.3f} {record.levelname.lower()} {record.name}: {message}{extra}"
+            return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Logfmt())
+    logging.root.addHandler(handler)
+    levels = {"trace": 10, "debug": 10, "info": 20, "warn": 30, "warning": 30, "error": 40, "critical": 50}
+    logging.root.setLevel(levels.get(level, 20))
+    logging.raiseExceptions = False
+
+
+def _find_serial_port() -> str | None:
+    # The names in /dev/virtio-ports are udev's, which is not here.
+    directory = "/sys/class/virtio-ports"
+    try:
+        for port in os.listdir(directory):
+            with open(f"{directory}/{port}/name") as file:
+                if file.read().strip() == SERIAL_PORT:
+                    return f"/dev/{port}"
+    except OSError:
+        pass
+    return None
+
+
+async def serve(listen: str, *, is_init: bool) -> None:
+    """Serve for ever. `listen` is "serial", "vsock", "unix:PATH", or "" for what the machine has."""
+    import asyncio
+    import logging
+    import socket
+
+    from agent_client.protocols import agent_pb2, health_pb2
+    from guest.agent.reaper import Reaper
+    from guest.agent.rpc import AgentService, HealthService, map_error
+    from guest.agent.sandbox import Sandbox
+    from ttrpc import Server
+
+    log = logging.getLogger(__name__)
+    reaper = Reaper()
+    reaper.start()
+    server = Server(map_error=map_error)
+    service = AgentService(Sandbox(reaper), is_init=is_init)
+    server.register(agent_pb2.DESCRIPTOR.services_by_name["AgentService"], service)
+    server.register(health_pb2.DESCRIPTOR.services_by_name["Health"], HealthService())
+
+    async def serve_socket(family: int, address: str | tuple[int, int]) -> None:
+        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        listener.bind(address)
+        listener.listen(16)
+        listener.setblocking(False)
+        log.info("listening on %s", address)
+        await server.serve(listener)
+
+    async def serve_serial() -> None:
+        from ttrpc.chardev import ChardevListener
+
+        deadline = time.monotonic() + _LISTEN_TIMEOUT_S
+        while (path := _find_serial_port()) is None or not os.path.exists(path):
+            if time.monotonic() > deadline:
+                raise FileNotFoundError(f"no virtio port {SERIAL_PORT}")
+            await asyncio.sleep(_DEVICE_POLL_S)
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        serial = ChardevListener(fd)
+        log.info("listening on %s (%s)", path, SERIAL_PORT)
+        while True:
+            reader, writer = await serial.accept()
+            try:
+                await server.serve_connection(reader, writer)
+            except Exception:
+                log.exception("connection on %s", path)
+
+    async def guarded(name: str, listening: asyncio.Future[None]) -> None:
+        try:
+            await listening
+        except OSError as error:
+            log.warning("%s: %s", name, error)
+
+    if listen.startswith("unix:"):
+        await serve_socket(socket.AF_UNIX, listen.removeprefix("unix:"))
+        return
+    tasks = []
+    if listen in ("", "vsock"):
+        vsock = serve_socket(socket.AF_VSOCK, (_VMADDR_CID_ANY, AGENT_PORT))
+        tasks.append(guarded("vsock", asyncio.ensure_future(vsock)))
+    if listen in ("", "serial"):
+        tasks.append(guarded("serial", asyncio.ensure_future(serve_serial())))
+    await asyncio.gather(*tasks)
+    log.error("no transport left: the host cannot reach this machine")
+    await asyncio.Event().wait()
+
+
+def _run_as_init() -> None:
+    import signal
+
+    os.environ["PATH"] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    # A signal must not become an exception in the only process that may not end.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    from guest.agent.boot import boot, kernel_command_line
+
+    _set_up_logging("info")
+    boot()
+    options = kernel_command_line()
+    import asyncio
+    import logging
+
+    logging.root.setLevel("DEBUG" if options.get("agent.log") in ("debug", "trace") else "INFO")
+    asyncio.run(serve(options.get("agent.transport", ""), is_init=True))
+
+
+def main() -> None:
+    _set_up_imports()
+    arguments = sys.argv[1:]
+    if "--listen" in arguments:
+        from guest.agent import linux
+
+        _set_up_logging("debug" if "--debug" in arguments else "info")
+        linux.set_child_subreaper()
+        import asyncio
+
+        asyncio.run(serve(arguments[arguments.index("--listen") + 1], is_init=False))
+        return
+    if os.getpid() != 1:
+        sys.exit(f"usage: python -m guest.agent.main --listen unix:PATH [--debug]\n{__doc__}")
+    try:
+        _run_as_init()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        # The kernel would panic when we returned; so the host sees a machine that has ended, and why.
+        from guest.agent import linux
+
+        linux.power_off()
+
+
+if __name__ == "__main__":
+    main()

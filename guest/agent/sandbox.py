@@ -1,0 +1,202 @@
+"""The pod: its containers, storages and shared namespaces."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import os
+import signal
+import socket
+from typing import Any
+
+from agent_client.protocols import agent_pb2, oci_json
+from guest.agent import linux
+from guest.agent.cgroup import CGROUP_PARENT, Cgroup, OOMWatcher
+from guest.agent.container import Container, Crun
+from guest.agent.device import add_devices
+from guest.agent.mount import mounts
+from guest.agent.reaper import Reaper
+from guest.agent.spec import GuestNamespaces, find_hooks, guest_spec
+from guest.agent.storage import Storages
+from ttrpc import Code, StatusError
+
+log = logging.getLogger(__name__)
+
+RUN_DIRECTORY = "/run/kata-agent"
+_OOM_EVENTS_KEPT = 100
+_PAUSE_COMMAND = ("/bin/busybox", "sleep", "2147483647")
+
+
+class Sandbox:
+    """One per machine, from the agent's start on; it outlives the host's connections."""
+
+    def __init__(self, reaper: Reaper) -> None:
+        self.id = ""
+        self._created = False
+        self.containers: dict[str, Container] = {}
+        self._storages = Storages()
+        self._container_mounts: dict[str, list[str]] = {}
+        self._crun = Crun(reaper, RUN_DIRECTORY)
+        self._reaper = reaper
+        self._hooks: dict[str, list[dict[str, Any]]] = {}
+        self._wants_pause = False
+        self._pause_pid = 0
+        self._shared_pid_namespace: str | None = None
+        self._creating: set[str] = set()
+        self._oom = OOMWatcher(self._add_oom_event)
+        self._oom_events: collections.deque[str] = collections.deque(maxlen=_OOM_EVENTS_KEPT)
+        self._oom_added = asyncio.Event()
+        # The last is the one that hides the others.
+        hierarchies = [point for point, root, fstype in mounts() if fstype == "cgroup2" and root == "/"]
+        self._cgroup_root = hierarchies[-1] if hierarchies else "/sys/fs/cgroup"
+
+    async def create(self, request: agent_pb2.CreateSandboxRequest) -> None:
+        """Can be called again: a host that lost the answer of its first call asks so."""
+        if self._created and request.sandbox_id != self.id:
+            raise StatusError(Code.ALREADY_EXISTS, f"this machine is sandbox {self.id}'s")
+        for module in request.kernel_modules:
+            from guest.agent.modules import load_module
+
+            load_module(module.name, module.parameters)
+        if request.hostname:
+            socket.sethostname(request.hostname)
+        if not self._created:
+            await self._storages.add(request.storages, None)
+        if request.guest_hook_path:
+            self._hooks = find_hooks(request.guest_hook_path)
+        if request.dns:
+            with open("/etc/resolv.conf", "w") as file:
+                file.writelines(f"{line}\n" for line in request.dns)
+        self._wants_pause = request.sandbox_pidns
+        self.id = request.sandbox_id
+        self._created = True
+
+    async def destroy(self) -> None:
+        """Every container and mount; errors are logged."""
+        for container_id in list(self.containers):
+            with contextlib.suppress(StatusError):
+                await self.remove_container(container_id)
+        if self._pause_pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pause_pid, signal.SIGKILL)
+            self._pause_pid = 0
+        self._storages.release_all()
+        os.sync()
+
+    def container(self, container_id: str) -> Container:
+        """Raises StatusError (NOT_FOUND)."""
+        try:
+            return self.containers[container_id]
+        except KeyError:
+            raise StatusError(Code.NOT_FOUND, f"container {container_id!r} does not exist") from None
+
+    async def create_container(self, request: agent_pb2.CreateContainerRequest) -> None:
+        """Raises StatusError; nothing is left of the container then."""
+        container_id = request.container_id
+        if not container_id or "/" in container_id or container_id in (".", ".."):
+            raise StatusError(Code.INVALID_ARGUMENT, f"{container_id!r} is no container id")
+        if container_id in self.containers or container_id in self._creating:
+            raise StatusError(Code.ALREADY_EXISTS, f"container {container_id} exists already")
+        self._creating.add(container_id)
+        try:
+            await self._create_container(request)
+        finally:
+            self._creating.discard(container_id)
+
+    async def _create_container(self, request: agent_pb2.CreateContainerRequest) -> None:
+        container_id = request.container_id
+        spec = oci_json.spec_to_json(request.OCI)
+        bundle = f"{RUN_DIRECTORY}/bundles/{container_id}"
+        pid_namespace = self._pid_namespace() if request.sandbox_pidns else None
+        cgroup_path = f"{CGROUP_PARENT}/{container_id}"
+        container = Container(
+            self._crun,
+            container_id,
+            bundle=bundle,
+            cgroup=Cgroup(f"{self._cgroup_root.rstrip('/')}{cgroup_path}"),
+            owns_pid_namespace=pid_namespace is None,
+        )
+        await add_devices(list(request.devices), spec)
+        try:
+            prepared = guest_spec(
+                spec,
+                cgroup_path=cgroup_path,
+                namespaces=GuestNamespaces(
+                    network=f"/proc/{os.getpid()}/ns/net",
+                    ipc=f"/proc/{os.getpid()}/ns/ipc",
+                    uts=f"/proc/{os.getpid()}/ns/uts",
+                    pid=pid_namespace,
+                ),
+                hooks=self._hooks,
+            )
+        except ValueError as error:
+            raise StatusError(Code.INVALID_ARGUMENT, str(error)) from error
+        storages: list[str] = []
+        try:
+            storages = await self._storages.add(request.storages, bundle)
+            await container.create(prepared)
+        except BaseException:
+            self._storages.release(storages)
+            container.remove_files()
+            raise
+        if not self.containers and self._shared_pid_namespace is None:
+            # Who shares a PID namespace without a pause process shares the first container's.
+            self._shared_pid_namespace = f"/proc/{container.init.pid}/ns/pid"
+        self.containers[container_id] = container
+        self._container_mounts[container_id] = storages
+        self._oom.add(container_id, container.cgroup)
+
+    async def remove_container(self, container_id: str) -> None:
+        container = self.container(container_id)
+        await container.stop()
+        self._oom.remove(container_id)
+        self._storages.release(self._container_mounts.pop(container_id, []))
+        container.remove_files()
+        self.containers.pop(container_id, None)
+
+    def _pid_namespace(self) -> str | None:
+        """The namespace to join; None when the container about to be made is the one to be joined."""
+        if self._wants_pause and not self._pause_pid:
+            self._pause_pid = self._start_pause()
+            self._shared_pid_namespace = f"/proc/{self._pause_pid}/ns/pid"
+        if self._shared_pid_namespace is None and (self.containers or len(self._creating) > 1):
+            raise StatusError(Code.FAILED_PRECONDITION, "the sandbox has no PID namespace to share")
+        return self._shared_pid_namespace
+
+    @staticmethod
+    def _start_pause() -> int:
+        """A process that does nothing but hold a PID namespace and let the kernel reap its orphans."""
+        own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Children are born into the new namespace until we return; no other is started meanwhile.
+            linux.unshare(linux.CLONE_NEWPID)
+            try:
+                pid = os.fork()
+                if pid == 0:
+                    try:
+                        signal.set_wakeup_fd(-1)
+                        # Inherited by the program: a parent that ignores it has no zombies.
+                        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+                        os.setsid()
+                        os.execv(_PAUSE_COMMAND[0], _PAUSE_COMMAND)
+                    finally:
+                        os._exit(127)
+                return pid
+            finally:
+                linux.setns(own, linux.CLONE_NEWPID)
+        finally:
+            os.close(own)
+
+    def _add_oom_event(self, container_id: str) -> None:
+        log.warning("a process was killed for memory", extra={"container": container_id})
+        self._oom_events.append(container_id)
+        self._oom_added.set()
+
+    async def oom_event(self) -> str:
+        """Wait for the next container that ran out of memory. A cancelled wait loses no event."""
+        while not self._oom_events:
+            self._oom_added.clear()
+            await self._oom_added.wait()
+        return self._oom_events.popleft()

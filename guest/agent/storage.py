@@ -1,0 +1,227 @@
+"""Kata's storages: what is mounted in the machine for the sandbox or one container."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import stat
+from collections.abc import Iterable
+
+from agent_client.protocols import agent_pb2, types_pb2
+from guest.agent import device, linux
+from guest.agent.mount import is_mounted, mount, mounts
+from ttrpc import Code, StatusError
+
+log = logging.getLogger(__name__)
+
+_OVERLAY_RW = "io.katacontainers.fs-opt.overlay-rw"
+_OVERLAY_CREATE_DIRECTORY = "io.katacontainers.volume.overlayfs.create_directory="
+_FS_GID = "fsgid"
+
+_MOUNTING = ("9p", "virtio-fs", "overlayfs", "bind")
+HANDLERS = (
+    *_MOUNTING,
+    "ephemeral",
+    "local",
+    device.DRIVER_BLK,
+    device.DRIVER_BLK_MMIO,
+    device.DRIVER_SCSI,
+)
+
+
+class _Entry:
+    def __init__(self, *, shared: bool) -> None:
+        self.users = 1
+        self.shared = shared
+        self.mounted = False
+
+
+class Storages:
+    """All storages of the machine, by mount point; one that several containers name is mounted once."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+
+    async def add(self, storages: Iterable[agent_pb2.Storage], bundle: str | None) -> list[str]:
+        """Mount, in order, and return the mount points to `release`. On failure none of them stays.
+
+        `bundle` is the directory of the container they are for, if they are for one.
+        """
+        added: list[str] = []
+        try:
+            for storage in storages:
+                entry = self._entries.get(storage.mount_point)
+                if entry is not None:
+                    entry.users += 1
+                    added.append(storage.mount_point)
+                    continue
+                self._entries[storage.mount_point] = entry = _Entry(shared=storage.shared)
+                added.append(storage.mount_point)
+                entry.mounted = await self._mount(storage, bundle)
+        except BaseException:
+            self.release(added)
+            raise
+        return added
+
+    def release(self, mount_points: Iterable[str]) -> None:
+        """Unmount those nobody else uses, the last first; errors are logged."""
+        for point in reversed(list(mount_points)):
+            entry = self._entries[point]
+            entry.users -= 1
+            if entry.users > 0:
+                continue
+            if entry.shared:
+                # Other containers of the pod may come for it; `release_all` ends it.
+                entry.users = 0
+                continue
+            self._unmount(point)
+
+    def release_all(self) -> None:
+        for point in reversed(list(self._entries)):
+            self._unmount(point)
+
+    def _unmount(self, point: str) -> None:
+        entry = self._entries.pop(point)
+        if not entry.mounted:
+            return
+        try:
+            linux.umount(point)
+        except OSError as error:
+            log.warning("unmount %s: %s; detached", point, error.strerror)
+            with contextlib.suppress(OSError):
+                linux.umount(point, linux.MNT_DETACH)
+        with contextlib.suppress(OSError):
+            os.rmdir(point)
+
+    async def _mount(self, storage: agent_pb2.Storage, bundle: str | None) -> bool:
+        """Whether something was mounted that has to be unmounted."""
+        source, fstype, options = storage.source, storage.fstype, list(storage.options)
+        if storage.driver == "local":
+            _make_local(storage.mount_point, options)
+            return False
+        if storage.driver == "ephemeral":
+            if fstype == "hugetlbfs":
+                _allocate_huge_pages(options)
+            group = _option(options, _FS_GID)
+            options = [option for option in options if not option.startswith(f"{_FS_GID}=")]
+            mount(source, storage.mount_point, fstype, options)
+            if group is not None:
+                _give_to_group(storage.mount_point, int(group))
+            return True
+        if storage.driver in (device.DRIVER_BLK, device.DRIVER_BLK_MMIO, device.DRIVER_SCSI):
+            source = await device.block_device(storage.driver, source)
+        elif storage.driver == "overlayfs":
+            fstype = "overlay"
+            options += self._overlay_options(storage, bundle)
+        elif storage.driver not in _MOUNTING:
+            raise StatusError(
+                Code.INVALID_ARGUMENT,
+                f"storage {storage.mount_point}: no handler for driver {storage.driver!r}, "
+                f"there are {', '.join(HANDLERS)}",
+            )
+        if storage.driver == "bind":
+            fstype = "bind"
+        try:
+            mount(source, storage.mount_point, fstype, options)
+        except OSError as error:
+            raise StatusError(
+                Code.INTERNAL,
+                f"mount {source} ({fstype}, {','.join(options)}) at {storage.mount_point}: {error.strerror}",
+            ) from error
+        if storage.HasField("fs_group"):
+            _set_ownership(storage)
+        return True
+
+    @staticmethod
+    def _overlay_options(storage: agent_pb2.Storage, bundle: str | None) -> list[str]:
+        for option in storage.driver_options:
+            if option.startswith(_OVERLAY_CREATE_DIRECTORY):
+                os.makedirs(option.removeprefix(_OVERLAY_CREATE_DIRECTORY), exist_ok=True)
+        if _OVERLAY_RW not in storage.options:
+            return []
+        if bundle is None:
+            raise StatusError(
+                Code.INVALID_ARGUMENT, f"storage {storage.mount_point}: a writable overlay needs a container"
+            )
+        directories = {name: f"{bundle}/{name}" for name in ("upper", "work")}
+        for path in directories.values():
+            os.makedirs(path, exist_ok=True)
+        return [f"{name}dir={path}" for name, path in directories.items()]
+
+
+def remount_ephemeral(storages: Iterable[agent_pb2.Storage]) -> None:
+    """Give mounted tmpfs new options, above all a new size."""
+    for storage in storages:
+        if storage.driver == "ephemeral" and is_mounted(storage.mount_point):
+            mount(storage.source, storage.mount_point, storage.fstype, [*storage.options, "remount"])
+
+
+def refresh_shares() -> None:
+    """Have the file server forget what is gone: looking is enough (Kata's RemoveStaleVirtiofsShareMounts)."""
+    for point, _, fstype in mounts():
+        if fstype in ("virtiofs", "9p"):
+            with contextlib.suppress(OSError):
+                os.stat(point)
+
+
+def _option(options: Iterable[str], name: str) -> str | None:
+    for option in options:
+        key, _, value = option.partition("=")
+        if key == name:
+            return value
+    return None
+
+
+def _make_local(path: str, options: list[str]) -> None:
+    os.makedirs(path, exist_ok=True)
+    mode = _option(options, "mode")
+    if mode is not None:
+        os.chmod(path, int(mode, 8))
+    group = _option(options, _FS_GID)
+    if group is not None:
+        _give_to_group(path, int(group))
+
+
+def _give_to_group(path: str, group: int) -> None:
+    os.chown(path, -1, group)
+    os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | stat.S_ISGID)
+
+
+def _allocate_huge_pages(options: list[str]) -> None:
+    """Options as Kata sends them: "pagesize=2097152,size=524288000", in bytes."""
+    flat = [part for option in options for part in option.split(",")]
+    page_size, size = _option(flat, "pagesize"), _option(flat, "size")
+    if not page_size or not size:
+        raise StatusError(Code.INVALID_ARGUMENT, f"hugetlbfs needs pagesize= and size=, found {options}")
+    count = int(size) // int(page_size)
+    path = f"/sys/kernel/mm/hugepages/hugepages-{int(page_size) // 1024}kB/nr_hugepages"
+    with open(path, "w") as file:
+        file.write(str(count))
+    with open(path) as file:
+        got = int(file.read())
+    if got != count:
+        raise StatusError(
+            Code.RESOURCE_EXHAUSTED, f"{got} of {count} huge pages of {page_size} bytes are free"
+        )
+
+
+def _set_ownership(storage: agent_pb2.Storage) -> None:
+    """fsGroup of Kubernetes: the whole volume is given to the group, readable for it and setgid."""
+    group = storage.fs_group.group_id
+    bits = 0o440 if "ro" in storage.options else 0o660
+    root = os.stat(storage.mount_point)
+    wanted = bits | 0o110 | stat.S_ISGID
+    if (
+        storage.fs_group.group_change_policy == types_pb2.FSGroupChangePolicy.OnRootMismatch
+        and root.st_gid == group
+        and root.st_mode & wanted == wanted
+    ):
+        return
+    for directory, _, files in os.walk(storage.mount_point):
+        for path in (directory, *(os.path.join(directory, name) for name in files)):
+            mode = os.lstat(path).st_mode
+            if stat.S_ISLNK(mode):
+                continue
+            os.chown(path, -1, group)
+            os.chmod(path, stat.S_IMODE(mode) | bits | (0o110 | stat.S_ISGID if stat.S_ISDIR(mode) else 0))

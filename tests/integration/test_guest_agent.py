@@ -1,0 +1,866 @@
+"""The guest's agent with real crun and real containers, on this host instead of in a machine: in mount, PID,
+IPC and UTS namespaces of its own, so that nothing it does is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent_client.protocols import agent_pb2, health_pb2, oci_json
+from ttrpc import Client, Code, StatusError
+
+REPO = Path(__file__).resolve().parents[2]
+APPLETS = (
+    "sh cat echo sleep dd md5sum stty tty id env hostname head true false kill ps ls touch seq test wc mkdir"
+)
+TIMEOUT_S = 120.0
+
+# The first line makes a cgroup v2 hierarchy where a guest has it, whatever the host has there.
+SET_UP = """
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mkdir -p /sys/fs/cgroup/containers
+mount -t tmpfs tmpfs /run
+exec "$@"
+"""
+
+_ids = itertools.count()
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("crun") is None or shutil.which("busybox") is None,
+    reason="needs root, crun and busybox",
+)
+
+
+@pytest.fixture(scope="module")
+def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("rootfs")
+    for directory in ("bin", "proc", "sys", "dev", "tmp", "etc", "mnt"):
+        (root / directory).mkdir()
+    shutil.copy("/bin/busybox", root / "bin/busybox")
+    for applet in APPLETS.split():
+        (root / "bin" / applet).symlink_to("busybox")
+    root.chmod(0o755)
+    (root / "tmp").chmod(0o1777)
+    (root / "etc/passwd").write_text("root:x:0:0:root:/:/bin/sh\nuser:x:1000:1000:user:/:/bin/sh\n")
+    return root
+
+
+class Server:
+    """The agent's process, by the pid of the first process of its PID namespace's parent."""
+
+    def __init__(self, socket: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.socket = socket
+        self.process = process
+        self.log = log
+
+    def processes(self) -> list[tuple[int, str, str]]:
+        """(pid, state, command) of all in the agent's PID namespace but the agent itself."""
+        namespace = Path(f"/proc/{self.process.pid}/ns/pid_for_children").readlink()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                status = dict(
+                    line.split(":\t", 1)
+                    for line in (entry / "status").read_text().splitlines()
+                    if ":\t" in line
+                )
+                inner = status["NSpid"].split()
+                parent_namespace = (entry / "ns/pid").readlink()
+            except (OSError, KeyError):
+                continue
+            if len(inner) > 1 and (len(inner) > 2 or (parent_namespace == namespace and inner[-1] != "1")):
+                found.append((int(entry.name), status["State"][0], status["Name"]))
+        return found
+
+
+def _cgroup2() -> Path:
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, point, fstype, *_ = line.split()
+        if fstype == "cgroup2":
+            return Path(point)
+    raise AssertionError("no cgroup2 is mounted")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("agent")
+    socket, log = directory / "agent.sock", directory / "agent.log"
+    command = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    command += ["sh", "-ec", SET_UP, "sh", sys.executable, "-m", "guest.agent.main"]
+    with log.open("wb") as output:
+        process = subprocess.Popen([*command, "--listen", f"unix:{socket}"], cwd=REPO, stderr=output)
+    try:
+        deadline = time.monotonic() + 30
+        while not socket.exists():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.01)
+        yield Server(socket, process, log)
+        assert process.poll() is None, log.read_text()
+        assert "Traceback" not in log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+        leftover = _cgroup2() / "containers"
+        if leftover.exists():
+            time.sleep(0.2)
+            for path, _, _ in os.walk(leftover, topdown=False):
+                Path(path).rmdir()
+
+
+class Agent:
+    """One connection to the agent, and the container's life in few words."""
+
+    def __init__(self, client: Client, rootfs: Path) -> None:
+        self.client = client
+        self.rootfs = rootfs
+        self.created: list[str] = []
+        self.rpc: Any = client.service(agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
+        self.health: Any = client.service(health_pb2.DESCRIPTOR.services_by_name["Health"])
+
+    def spec(self, args: list[str] | str, **process: Any) -> dict[str, Any]:
+        if isinstance(args, str):
+            args = ["/bin/sh", "-c", args]
+        return {
+            "ociVersion": "1.0.2",
+            "process": self.process_spec(args, **process),
+            "root": {"path": str(self.rootfs), "readonly": True},
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {
+                    "destination": "/dev",
+                    "type": "tmpfs",
+                    "source": "tmpfs",
+                    "options": ["nosuid", "mode=755"],
+                },
+                {
+                    "destination": "/dev/pts",
+                    "type": "devpts",
+                    "source": "devpts",
+                    "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+                },
+                {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
+                {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
+            ],
+            "linux": {
+                "cgroupsPath": "/host/path",
+                "namespaces": [{"type": "mount"}, {"type": "uts"}, {"type": "ipc"}],
+                "maskedPaths": ["/proc/kcore"],
+                "readonlyPaths": ["/proc/sys"],
+            },
+        }
+
+    @staticmethod
+    def process_spec(args: list[str] | str, **process: Any) -> dict[str, Any]:
+        if isinstance(args, str):
+            args = ["/bin/sh", "-c", args]
+        capabilities = ["CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_DAC_OVERRIDE"]
+        return {
+            "args": args,
+            "cwd": "/",
+            "env": ["PATH=/bin", "HOME=/"],
+            "user": {"uid": 0, "gid": 0},
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
+        } | process
+
+    async def create(
+        self,
+        args: list[str] | str,
+        *,
+        change: Callable[[dict[str, Any]], None] = lambda spec: None,
+        storages: list[agent_pb2.Storage] | None = None,
+        sandbox_pidns: bool = False,
+        **process: Any,
+    ) -> str:
+        container_id = f"c{next(_ids)}"
+        self.created.append(container_id)
+        spec = self.spec(args, **process)
+        change(spec)
+        await self.rpc.create_container(
+            agent_pb2.CreateContainerRequest(
+                container_id=container_id,
+                exec_id=container_id,
+                OCI=oci_json.spec_from_json(spec),
+                storages=storages or [],
+                sandbox_pidns=sandbox_pidns,
+            )
+        )
+        return container_id
+
+    async def start(self, args: list[str] | str, **options: Any) -> str:
+        container_id = await self.create(args, **options)
+        await self.rpc.start_container(agent_pb2.StartContainerRequest(container_id=container_id))
+        return container_id
+
+    async def run(self, args: list[str] | str, **options: Any) -> tuple[int, str, str]:
+        """A container from start to end: status, stdout, stderr."""
+        container_id = await self.start(args, **options)
+        result = await self.finish(container_id)
+        await self.remove(container_id)
+        return result
+
+    async def finish(self, container_id: str, exec_id: str = "") -> tuple[int, str, str]:
+        await self.rpc.close_stdin(
+            agent_pb2.CloseStdinRequest(container_id=container_id, exec_id=exec_id or container_id)
+        )
+        out, err, status = await asyncio.gather(
+            self.read_all(container_id, exec_id),
+            self.read_all(container_id, exec_id, stderr=True),
+            self.wait(container_id, exec_id),
+        )
+        return status, out.decode(), err.decode()
+
+    async def exec(self, container_id: str, exec_id: str, args: list[str] | str, **process: Any) -> None:
+        await self.rpc.exec_process(
+            agent_pb2.ExecProcessRequest(
+                container_id=container_id,
+                exec_id=exec_id,
+                process=oci_json.process_from_json(self.process_spec(args, **process)),
+            )
+        )
+
+    async def read(
+        self, container_id: str, exec_id: str = "", size: int = 65536, *, stderr: bool = False
+    ) -> bytes:
+        call = self.rpc.read_stderr if stderr else self.rpc.read_stdout
+        request = agent_pb2.ReadStreamRequest(
+            container_id=container_id, exec_id=exec_id or container_id, len=size
+        )
+        data: bytes = (await call(request)).data
+        return data
+
+    async def read_all(self, container_id: str, exec_id: str = "", *, stderr: bool = False) -> bytes:
+        pieces = []
+        while piece := await self.read(container_id, exec_id, stderr=stderr):
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def read_until(self, container_id: str, text: str, exec_id: str = "") -> str:
+        seen = ""
+        while text not in seen:
+            piece = await self.read(container_id, exec_id)
+            assert piece, f"the stream ended, {text!r} not in {seen!r}"
+            seen += piece.decode()
+        return seen
+
+    async def write(self, container_id: str, data: bytes, exec_id: str = "") -> None:
+        response = await self.rpc.write_stdin(
+            agent_pb2.WriteStreamRequest(
+                container_id=container_id, exec_id=exec_id or container_id, data=data
+            )
+        )
+        assert response.len == len(data)
+
+    async def close_stdin(self, container_id: str, exec_id: str = "") -> None:
+        await self.rpc.close_stdin(
+            agent_pb2.CloseStdinRequest(container_id=container_id, exec_id=exec_id or container_id)
+        )
+
+    async def wait(self, container_id: str, exec_id: str = "") -> int:
+        request = agent_pb2.WaitProcessRequest(container_id=container_id, exec_id=exec_id or container_id)
+        status: int = (await self.rpc.wait_process(request)).status
+        return status
+
+    async def signal(self, container_id: str, number: int, exec_id: str) -> None:
+        await self.rpc.signal_process(
+            agent_pb2.SignalProcessRequest(container_id=container_id, exec_id=exec_id, signal=number)
+        )
+
+    async def remove(self, container_id: str) -> None:
+        await self.rpc.remove_container(agent_pb2.RemoveContainerRequest(container_id=container_id))
+
+    async def check(self) -> None:
+        response = await self.health.check(health_pb2.CheckRequest())
+        assert response.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@contextlib.asynccontextmanager
+async def connected(server: Server, rootfs: Path) -> AsyncIterator[Agent]:
+    client = await Client.connect(server.socket)
+    try:
+        yield Agent(client, rootfs)
+    finally:
+        await client.close()
+
+
+Body = Callable[[Agent], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def run(server: Server, rootfs: Path) -> Iterator[Callable[[Body], None]]:
+    """Run a test's body with a connection. Afterwards no process, cgroup or file of a container is left."""
+
+    def runner(body: Body) -> None:
+        async def whole() -> None:
+            async with asyncio.timeout(TIMEOUT_S), connected(server, rootfs) as agent:
+                try:
+                    await body(agent)
+                except BaseException:
+                    for container_id in agent.created:
+                        with contextlib.suppress(StatusError):
+                            await agent.remove(container_id)
+                    raise
+
+        asyncio.run(whole())
+
+    yield runner
+    run_directory = Path(f"/proc/{_first_process(server)}/root/run/kata-agent")
+    left = [p for p in run_directory.rglob("*") if p.name not in ("crun", "bundles")]
+    assert left == [], "files of containers are left"
+    cgroups = _cgroup2() / "containers"
+    assert not cgroups.exists() or [p for p in cgroups.iterdir() if p.is_dir()] == []
+    deadline = time.monotonic() + 5
+    while (processes := [p for p in server.processes() if p[2] != "busybox"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes == [], server.log.read_text()
+
+
+def _first_process(server: Server) -> int:
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    return int(children[0])
+
+
+Run = Callable[[Body], None]
+
+
+def test_exit_statuses(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        assert await agent.run("echo out; echo err >&2") == (0, "out\n", "err\n")
+        assert (await agent.run("exit 7"))[0] == 7
+        assert (await agent.run("kill -9 $$; sleep 1; exit 3"))[0] == 3  # an init is deaf to its own kill
+        assert (await agent.run(["/bin/sh", "-c", "(kill -9 $$); nosuch"]))[0] == 127
+
+    run(body)
+
+
+def test_a_killed_container_reports_128_and_the_signal(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start(["sleep", "1000"])
+        await agent.signal(container_id, signal.SIGKILL, container_id)
+        assert await agent.wait(container_id) == 137
+        assert await agent.wait(container_id) == 137
+        with pytest.raises(StatusError, match="ESRCH: No such process") as raised:
+            await agent.signal(container_id, signal.SIGKILL, container_id)
+        assert raised.value.code == Code.NOT_FOUND
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_sigterm_ends_an_init_without_handler_and_runs_the_handler_of_one_that_has_it(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        deaf = await agent.start(["sleep", "1000"])
+        await agent.signal(deaf, signal.SIGTERM, deaf)
+        assert await agent.wait(deaf) == 137
+        polite = await agent.start("trap 'echo bye; exit 5' TERM; echo ready; while :; do sleep 0.1; done")
+        await agent.read_until(polite, "ready")
+        await agent.signal(polite, signal.SIGTERM, polite)
+        assert await agent.finish(polite) == (5, "bye\n", "")
+        await agent.remove(deaf)
+        await agent.remove(polite)
+
+    run(body)
+
+
+def test_signal_to_all_processes(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start("trap 'exit 9' USR1; echo ready; while :; do sleep 0.1; done")
+        await agent.read_until(container_id, "ready")
+        await agent.exec(container_id, "e", "trap 'exit 8' USR1; echo ready; while :; do sleep 0.1; done")
+        await agent.read_until(container_id, "ready", "e")
+        await agent.signal(container_id, signal.SIGUSR1, "")
+        assert await agent.wait(container_id, "e") in (8, 137)  # the init may end first, and end it
+        assert await agent.wait(container_id) == 9
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_a_missing_binary_is_named(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        with pytest.raises(StatusError, match="executable file `nosuch` not found"):
+            await agent.create(["nosuch"])
+        with pytest.raises(StatusError, match="/no/such/file"):
+            await agent.create(["/no/such/file"])
+        container_id = await agent.start(["sleep", "1000"])
+        with pytest.raises(StatusError, match="executable file `nosuch` not found"):
+            await agent.exec(container_id, "e", ["nosuch"])
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_a_bad_spec_is_an_error_and_leaves_nothing(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        def bad_mount(spec: dict[str, Any]) -> None:
+            spec["mounts"].append(
+                {"destination": "/mnt", "type": "bind", "source": "/no/such", "options": ["bind"]}
+            )
+
+        with pytest.raises(StatusError, match="/no/such"):
+            await agent.create(["true"], change=bad_mount)
+        with pytest.raises(StatusError) as raised:
+            await agent.rpc.create_container(agent_pb2.CreateContainerRequest(container_id="x"))
+        assert raised.value.code == Code.INVALID_ARGUMENT
+        with pytest.raises(StatusError) as raised:
+            await agent.rpc.create_container(agent_pb2.CreateContainerRequest(container_id="../x"))
+        assert raised.value.code == Code.INVALID_ARGUMENT
+
+    run(body)
+
+
+def test_unknown_containers_and_processes_are_not_found(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.create(["true"])
+        for call in (agent.wait("nosuch"), agent.wait(container_id, "nosuch"), agent.remove("nosuch")):
+            with pytest.raises(StatusError) as raised:
+                await call
+            assert raised.value.code == Code.NOT_FOUND
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_ten_megabytes_of_stdin_arrive_whole(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        data = os.urandom(10_000_000)
+        container_id = await agent.start(["md5sum"])
+        for start in range(0, len(data), 1 << 16):
+            await agent.write(container_id, data[start : start + (1 << 16)])
+        status, out, _ = await agent.finish(container_id)
+        assert (status, out.split()[0]) == (0, hashlib.md5(data).hexdigest())
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_stdin_through_cat_comes_back_whole(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        data = os.urandom(10_000_000)
+        container_id = await agent.start(["cat"])
+
+        async def feed() -> None:
+            for start in range(0, len(data), 100_000):
+                await agent.write(container_id, data[start : start + 100_000])
+            await agent.close_stdin(container_id)
+
+        _, back = await asyncio.gather(feed(), agent.read_all(container_id))
+        assert back == data
+        assert await agent.wait(container_id) == 0
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_a_container_that_does_not_read_stops_its_writer_and_nobody_else(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start(["sleep", "1000"])
+        writing = asyncio.ensure_future(agent.write(container_id, bytes(1_000_000)))
+        await asyncio.sleep(0.1)
+        await agent.close_stdin(container_id)
+        await agent.exec(container_id, "e", "echo works")
+        assert await agent.finish(container_id, "e") == (0, "works\n", "")
+        assert not writing.done()
+        await agent.signal(container_id, signal.SIGKILL, "")
+        with pytest.raises(StatusError):
+            await writing
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_two_outputs_of_fifty_megabytes_at_once(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        command = "dd if=/dev/urandom of=/tmp/f bs=1M count=50 2>/dev/null; md5sum /tmp/f >&2; cat /tmp/f"
+
+        async def one() -> None:
+            container_id = await agent.start(command)
+            digest, out, err = (
+                hashlib.md5(),
+                0,
+                asyncio.ensure_future(agent.read_all(container_id, stderr=True)),
+            )
+            while piece := await agent.read(container_id):
+                digest.update(piece)
+                out += len(piece)
+            assert out == 50 << 20
+            assert (await err).decode().split()[0] == digest.hexdigest()
+            assert await agent.wait(container_id) == 0
+            await agent.remove(container_id)
+
+        await asyncio.gather(one(), one())
+
+    run(body)
+
+
+def test_unread_output_stops_the_container_and_nobody_else(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start("head -c 1000000 /dev/zero; echo end >&2")
+        await asyncio.sleep(0.3)
+        assert (await agent.run("echo works"))[1] == "works\n"
+        waiting = asyncio.ensure_future(agent.wait(container_id))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        assert len(await agent.read_all(container_id)) == 1_000_000
+        assert await agent.read_all(container_id, stderr=True) == b"end\n"
+        assert await waiting == 0
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_output_can_be_read_after_the_exit(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start("echo late; echo err >&2")
+        assert await agent.wait(container_id) == 0
+        assert await agent.read_all(container_id) == b"late\n"
+        assert await agent.read_all(container_id, stderr=True) == b"err\n"
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_a_process_left_in_the_background_holds_nobody_up(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start(["sleep", "1000"])
+        await agent.exec(container_id, "e", "sleep 1000 & echo started; exit 4")
+        assert await agent.finish(container_id, "e") == (4, "started\n", "")
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_terminal(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start(["/bin/sh"], terminal=True, consoleSize={"height": 30, "width": 90})
+        await agent.write(container_id, b"PS1=; stty -echo; echo go\n")
+        await agent.read_until(container_id, "go\r\n")
+        await agent.write(container_id, b"tty; stty size\n")
+        assert "/dev/" in await agent.read_until(container_id, "30 90")
+        await agent.rpc.tty_win_resize(
+            agent_pb2.TtyWinResizeRequest(container_id=container_id, exec_id=container_id, row=50, column=120)
+        )
+        await agent.write(container_id, b"stty size\n")
+        await agent.read_until(container_id, "50 120")
+        await agent.write(container_id, b"exit 6\n")
+        assert await agent.wait(container_id) == 6
+        await agent.read_all(container_id)
+        assert await agent.read_all(container_id, stderr=True) == b""
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_terminal_output_is_whole(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        status, out, _ = await agent.run("stty -opost; seq 1 100000", terminal=True)
+        assert status == 0
+        assert out == "".join(f"{n}\n" for n in range(1, 100001))
+
+    run(body)
+
+
+def test_exec(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start(["sleep", "1000"])
+        await agent.exec(container_id, "who", "id -u; id -g; echo $WHAT; exit 3", env=["PATH=/bin", "WHAT=x"],
+                         user={"uid": 1000, "gid": 1000}, cwd="/tmp")  # fmt: skip
+        assert await agent.finish(container_id, "who") == (3, "1000\n1000\nx\n", "")
+        await agent.exec(container_id, "cat", ["cat"])
+        with pytest.raises(StatusError) as raised:
+            await agent.exec(container_id, "cat", ["cat"])
+        assert raised.value.code == Code.ALREADY_EXISTS
+        await agent.write(container_id, b"hello", "cat")
+        assert await agent.finish(container_id, "cat") == (0, "hello", "")
+        await agent.exec(
+            container_id, "tty", "stty size", terminal=True, consoleSize={"height": 7, "width": 9}
+        )
+        assert await agent.finish(container_id, "tty") == (0, "7 9\r\n", "")
+        await agent.exec(container_id, "killed", ["sleep", "1000"])
+        await agent.signal(container_id, signal.SIGTERM, "killed")
+        assert await agent.wait(container_id, "killed") == 143
+        await agent.exec(container_id, "left", ["sleep", "1000"])
+        await agent.signal(container_id, signal.SIGKILL, container_id)
+        assert await agent.wait(container_id, "left") == 137
+        with pytest.raises(StatusError) as raised:
+            await agent.exec(container_id, "late", ["true"])
+        assert raised.value.code == Code.FAILED_PRECONDITION
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_twenty_execs_at_once(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start(["sleep", "1000"])
+
+        async def one(number: int) -> None:
+            await agent.exec(container_id, f"e{number}", f"echo {number}; exit {number}")
+            assert await agent.finish(container_id, f"e{number}") == (number, f"{number}\n", "")
+
+        await asyncio.gather(*(one(number) for number in range(20)))
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_the_user_may_open_its_own_stdout(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        user = {"uid": 1000, "gid": 1000}
+        assert await agent.run("echo a > /proc/self/fd/1", user=user) == (0, "a\n", "")
+        container_id = await agent.start(["sleep", "1000"])
+        await agent.exec(container_id, "e", "echo b > /proc/self/fd/1", user=user)
+        assert await agent.finish(container_id, "e") == (0, "b\n", "")
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_pause_and_resume(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start("while :; do echo tick; sleep 0.05; done")
+        await agent.read_until(container_id, "tick")
+        await agent.rpc.pause_container(agent_pb2.PauseContainerRequest(container_id=container_id))
+        with contextlib.suppress(TimeoutError):
+            while True:
+                await asyncio.wait_for(agent.read(container_id), 0.3)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(agent.read(container_id), 0.5)
+        with pytest.raises(StatusError) as raised:
+            await agent.exec(container_id, "e", ["true"])
+        assert raised.value.code == Code.FAILED_PRECONDITION
+        await agent.rpc.resume_container(agent_pb2.ResumeContainerRequest(container_id=container_id))
+        await agent.read_until(container_id, "tick")
+        await agent.rpc.pause_container(agent_pb2.PauseContainerRequest(container_id=container_id))
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_stats(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start(
+            "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo; sleep 1000; :"
+        )
+        await agent.read_until(container_id, "\n")
+        stats = (
+            await agent.rpc.stats_container(agent_pb2.StatsContainerRequest(container_id=container_id))
+        ).cgroup_stats
+        assert stats.pids_stats.current >= 1
+        assert stats.cpu_stats.cpu_usage.total_usage > 1_000_000
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_removing_a_container_ends_whatever_runs(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        created = await agent.create(["true"])
+        await agent.remove(created)
+        running = await agent.start("sleep 1000 & sleep 1000 & wait")
+        waiting = asyncio.ensure_future(agent.wait(running))
+        await asyncio.sleep(0.1)
+        await agent.remove(running)
+        assert await waiting == 137
+
+    run(body)
+
+
+def test_a_container_starts_once(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start(["sleep", "1000"])
+        with pytest.raises(StatusError) as raised:
+            await agent.rpc.start_container(agent_pb2.StartContainerRequest(container_id=container_id))
+        assert raised.value.code == Code.FAILED_PRECONDITION
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_orphans_are_reaped(run: Run, server: Server) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start(["sleep", "1000"])
+        await agent.exec(container_id, "e", "for i in 1 2 3; do (sleep 0.1 & ); done; sleep 0.5")
+        assert (await agent.finish(container_id, "e"))[0] == 0
+        await agent.remove(container_id)
+        await asyncio.sleep(0.2)
+        assert [p for p in server.processes() if p[1] == "Z"] == []
+
+    run(body)
+
+
+def test_containers_see_each_other_in_a_shared_pid_namespace(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        await agent.rpc.create_sandbox(agent_pb2.CreateSandboxRequest(sandbox_id="s", sandbox_pidns=True))
+        first = await agent.start("sleep 1234 & sleep 1000", sandbox_pidns=True)
+        await asyncio.sleep(0.2)
+        status, out, _ = await agent.run("ps -o args", sandbox_pidns=True)
+        assert status == 0 and "sleep 1234" in out
+        alone = (await agent.run("ps -o args"))[1]
+        assert "sleep 1234" not in alone
+        # The others of the container are not left when its init ends, though its namespace lives on.
+        await agent.signal(first, signal.SIGTERM, first)
+        assert await agent.wait(first) == 143
+        assert "sleep 1234" not in (await agent.run("ps -o args", sandbox_pidns=True))[1]
+        await agent.remove(first)
+
+    run(body)
+
+
+def test_hostname_of_the_sandbox(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        await agent.rpc.create_sandbox(agent_pb2.CreateSandboxRequest(sandbox_id="s", hostname="guest-host"))
+        assert (await agent.run(["hostname"]))[1] == "guest-host\n"
+
+        def named(spec: dict[str, Any]) -> None:
+            spec["hostname"] = "of-the-spec"
+
+        assert (await agent.run(["hostname"], change=named))[1] == "of-the-spec\n"
+
+    run(body)
+
+
+def test_network_sysctls_of_the_spec(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        path = "/proc/sys/net/ipv4/ip_default_ttl"
+        before = Path(path).read_text().strip()
+
+        def sysctl(spec: dict[str, Any]) -> None:
+            spec["linux"]["sysctl"] = {"net.ipv4.ip_default_ttl": before}
+
+        assert (await agent.run(["cat", path], change=sysctl))[:2] == (0, f"{before}\n")
+
+    run(body)
+
+
+def test_storages(run: Run, tmp_path: Path) -> None:
+    async def body(agent: Agent) -> None:
+        (tmp_path / "file").write_text("from the host\n")
+        shm = ["noexec", "nosuid", "nodev", "mode=1777", "size=1048576"]
+        storages = [
+            agent_pb2.Storage(
+                driver="ephemeral", source="shm", fstype="tmpfs", mount_point="/run/t/shm", options=shm
+            ),
+            agent_pb2.Storage(driver="bind", source=str(tmp_path), mount_point="/run/t/bind"),
+            agent_pb2.Storage(driver="local", mount_point="/run/t/local", options=["mode=0700"]),
+        ]
+
+        def mounts(spec: dict[str, Any]) -> None:
+            for source, target, options in (
+                ("/run/t/shm", "/dev/shm", ["rbind"]),
+                ("/run/t/bind", "/mnt", ["rbind", "ro"]),
+                ("/run/t/local", "/etc", ["rbind"]),
+            ):
+                spec["mounts"].append(
+                    {"destination": target, "type": "bind", "source": source, "options": options}
+                )
+
+        command = (
+            "cat /mnt/file; touch /mnt/x || echo ro; touch /dev/shm/f && echo shm; touch /etc/x && echo local"
+        )
+        status, out, _ = await agent.run(command, change=mounts, storages=storages)
+        assert (status, out) == (0, "from the host\nro\nshm\nlocal\n")
+        with pytest.raises(StatusError, match="no handler for driver 'tape'"):
+            await agent.create(["true"], storages=[agent_pb2.Storage(driver="tape", mount_point="/run/t/x")])
+
+    run(body)
+
+
+def test_copy_file(run: Run, server: Server) -> None:
+    async def body(agent: Agent) -> None:
+        base = "/run/kata-containers/shared/containers"
+        for offset, data in ((0, b"abc"), (3, b"def")):
+            await agent.rpc.copy_file(
+                agent_pb2.CopyFileRequest(path=f"{base}/d/file", file_size=6, file_mode=0o100640, dir_mode=0o755,
+                                          offset=offset, data=data, uid=5, gid=6)
+            )  # fmt: skip
+        copied = Path(f"/proc/{_first_process(server)}/root{base}/d/file")
+        assert copied.read_bytes() == b"abcdef"
+        assert (copied.stat().st_mode, copied.stat().st_uid, copied.stat().st_gid) == (0o100640, 5, 6)
+        with pytest.raises(StatusError) as raised:
+            await agent.rpc.copy_file(agent_pb2.CopyFileRequest(path=f"{base}/../../x", file_mode=0o100600))
+        assert raised.value.code == Code.INVALID_ARGUMENT
+
+    run(body)
+
+
+def test_a_client_that_disconnects_leaves_containers_and_output_to_the_next(
+    run: Run, server: Server, rootfs: Path
+) -> None:
+    async def body(agent: Agent) -> None:
+        async with connected(server, rootfs) as first:
+            talking = await first.start("head -c 300000 /dev/zero; exit 5")
+            listening = await first.start(["md5sum"])
+            await first.write(listening, b"first,")
+            pending = [
+                asyncio.ensure_future(first.wait(talking)),
+                asyncio.ensure_future(first.read(listening)),
+                asyncio.ensure_future(first.rpc.get_oom_event(agent_pb2.GetOOMEventRequest())),
+                asyncio.ensure_future(first.create(["sleep", "1000"])),
+            ]
+            await asyncio.sleep(0)
+            half_made = f"c{next(_ids) - 1}"
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*pending, return_exceptions=True)
+        await agent.check()
+        assert len(await agent.read_all(talking)) == 300_000
+        assert await agent.wait(talking) == 5
+        await agent.write(listening, b"second")
+        status, out, _ = await agent.finish(listening)
+        assert (status, out.split()[0]) == (0, hashlib.md5(b"first,second").hexdigest())
+        for container_id in (talking, listening, half_made):
+            with contextlib.suppress(StatusError):
+                await agent.remove(container_id)
+
+    run(body)
+
+
+def test_nonsense_on_the_wire_ends_that_connection_only(run: Run, server: Server) -> None:
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start(["cat"])
+        for nonsense in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, b"", os.urandom(4096)):
+            _, writer = await asyncio.open_unix_connection(server.socket)
+            writer.write(nonsense)
+            with contextlib.suppress(OSError):
+                await writer.drain()
+            await asyncio.sleep(0.05)
+            writer.close()
+        await agent.check()
+        await agent.write(container_id, b"still here")
+        assert await agent.finish(container_id) == (0, "still here", "")
+        await agent.remove(container_id)
+
+    run(body)
+
+
+def test_what_the_agent_does_not_have_is_unimplemented(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        with pytest.raises(StatusError) as raised:
+            await agent.rpc.get_ip_tables(agent_pb2.GetIPTablesRequest())
+        assert raised.value.code == Code.UNIMPLEMENTED
+
+    run(body)
+
+
+def test_guest_details_and_version(run: Run) -> None:
+    async def body(agent: Agent) -> None:
+        details = await agent.rpc.get_guest_details(agent_pb2.GuestDetailsRequest(mem_block_size=True))
+        assert details.agent_details.supports_seccomp
+        assert "virtio-fs" in details.agent_details.storage_handlers
+        assert (await agent.health.version(health_pb2.CheckRequest())).agent_version
+
+    run(body)
