@@ -233,14 +233,16 @@ class _Connection:
                 answer: Message = await function(argument, context)
             payload = Response(payload=answer.SerializeToString()).SerializeToString()
             await self._send(stream_id, RESPONSE, 0, payload)
-        except OSError as error:
-            log.debug("ttrpc: answer of %s/%s lost: %s", request.service, request.method, error)
         except Exception as error:
             self._respond(stream_id, self._server._status(error, request))
 
     async def _send(self, stream_id: int, type_: int, flags: int, payload: bytes) -> None:
         self._writer.write(framing.encode(stream_id, type_, flags, payload, self._server.max_message_bytes))
-        await self._writer.drain()
+        try:
+            await self._writer.drain()
+        except OSError as error:
+            # Not the handler's: the connection is lost, and with it the answer.
+            log.debug("ttrpc: answer on stream %d lost: %s", stream_id, error)
 
     def _respond(self, stream_id: int, status: StatusError) -> None:
         response = Response()
