@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from agent_client.client import AgentClient
-
-from agent_client.protocols import agent_pb2, oci_json
+from agent_client.protocols import agent_pb2, health_pb2, oci_json
 from ttrpc import Code, ConnectionClosed, StatusError, TtrpcError
 from virtcontainers import errors
 from virtcontainers.config import (
@@ -25,8 +24,6 @@ from virtcontainers.config import (
 
 log = logging.getLogger(__name__)
 
-REQUEST_TIMEOUT_S = 60.0
-CHECK_TIMEOUT_S = 30.0
 _MAX_HOSTNAME_BYTES = 64
 
 _ERRORS: Mapping[Code, type[errors.KataError]] = {
@@ -66,13 +63,13 @@ class KataAgent:
 
     async def check(self) -> None:
         with translated("Check"):
-            await self.client.check(timeout_s=CHECK_TIMEOUT_S)
+            await self.client.check(health_pb2.CheckRequest())
 
     async def get_guest_details(self) -> None:
         """Fill `details`: the memory block size, and what the agent can do."""
         with translated("GetGuestDetails"):
             request = agent_pb2.GuestDetailsRequest(mem_block_size=True, mem_hotplug_probe=True)
-            self.details = await self.client.get_guest_details(request, timeout_s=REQUEST_TIMEOUT_S)
+            self.details = await self.client.get_guest_details(request)
 
     async def create_sandbox(
         self,
@@ -96,7 +93,7 @@ class KataAgent:
             kernel_modules=[agent_pb2.KernelModule(name=m[0], parameters=m[1:]) for m in modules],
         )
         with translated("CreateSandbox"):
-            await self.client.create_sandbox(request, timeout_s=REQUEST_TIMEOUT_S)
+            await self.client.create_sandbox(request)
 
     async def destroy_sandbox(self, timeout_s: float) -> None:
         with translated("DestroySandbox"):
@@ -117,25 +114,25 @@ class KataAgent:
     async def start_container(self, container_id: str) -> None:
         request = agent_pb2.StartContainerRequest(container_id=container_id)
         with translated(f"StartContainer {container_id}"):
-            await self.client.start_container(request, timeout_s=REQUEST_TIMEOUT_S)
+            await self.client.start_container(request)
 
     async def remove_container(self, container_id: str) -> None:
         request = agent_pb2.RemoveContainerRequest(container_id=container_id)
         with translated(f"RemoveContainer {container_id}"):
-            await self.client.remove_container(request, timeout_s=REQUEST_TIMEOUT_S)
+            await self.client.remove_container(request)
 
     async def exec_process(self, container_id: str, exec_id: str, process: dict[str, Any]) -> None:
         request = agent_pb2.ExecProcessRequest(
             container_id=container_id, exec_id=exec_id, process=oci_json.process_from_json(process)
         )
         with translated(f"ExecProcess {container_id}/{exec_id}"):
-            await self.client.exec_process(request, timeout_s=REQUEST_TIMEOUT_S)
+            await self.client.exec_process(request)
 
     async def signal_process(self, container_id: str, exec_id: str, signal: int) -> None:
         """An empty `exec_id` signals every process of the container."""
         request = agent_pb2.SignalProcessRequest(container_id=container_id, exec_id=exec_id, signal=signal)
         with translated(f"SignalProcess {container_id}/{exec_id or 'all'}"):
-            await self.client.signal_process(request, timeout_s=REQUEST_TIMEOUT_S)
+            await self.client.signal_process(request)
 
     async def wait_process(self, container_id: str, exec_id: str) -> int:
         request = agent_pb2.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
@@ -148,22 +145,22 @@ class KataAgent:
             container_id=container_id, resources=oci_json.resources_from_json(resources)
         )
         with translated(f"UpdateContainer {container_id}"):
-            await self.client.update_container(request, timeout_s=REQUEST_TIMEOUT_S)
+            await self.client.update_container(request)
 
     async def stats_container(self, container_id: str) -> agent_pb2.StatsContainerResponse:
         request = agent_pb2.StatsContainerRequest(container_id=container_id)
         with translated(f"StatsContainer {container_id}"):
-            return await self.client.stats_container(request, timeout_s=REQUEST_TIMEOUT_S)
+            return await self.client.stats_container(request)
 
     async def pause_container(self, container_id: str) -> None:
         request = agent_pb2.PauseContainerRequest(container_id=container_id)
         with translated(f"PauseContainer {container_id}"):
-            await self.client.pause_container(request, timeout_s=REQUEST_TIMEOUT_S)
+            await self.client.pause_container(request)
 
     async def resume_container(self, container_id: str) -> None:
         request = agent_pb2.ResumeContainerRequest(container_id=container_id)
         with translated(f"ResumeContainer {container_id}"):
-            await self.client.resume_container(request, timeout_s=REQUEST_TIMEOUT_S)
+            await self.client.resume_container(request)
 
     async def read_stream(self, container_id: str, exec_id: str, size: int, *, stderr: bool) -> bytes:
         """At most `size` bytes; b"" at the end of the stream, which agents tell by an error, and when the
@@ -187,14 +184,14 @@ class KataAgent:
     async def close_stdin(self, container_id: str, exec_id: str) -> None:
         request = agent_pb2.CloseStdinRequest(container_id=container_id, exec_id=exec_id)
         with translated(f"CloseStdin {container_id}/{exec_id}"):
-            await self.client.close_stdin(request, timeout_s=REQUEST_TIMEOUT_S)
+            await self.client.close_stdin(request)
 
     async def tty_win_resize(self, container_id: str, exec_id: str, width: int, height: int) -> None:
         request = agent_pb2.TtyWinResizeRequest(
             container_id=container_id, exec_id=exec_id, row=height, column=width
         )
         with translated(f"TtyWinResize {container_id}/{exec_id}"):
-            await self.client.tty_win_resize(request, timeout_s=REQUEST_TIMEOUT_S)
+            await self.client.tty_win_resize(request)
 
     async def get_oom_event(self) -> str:
         """The id of the next container that ran out of memory; waits for it."""
