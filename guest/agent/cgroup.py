@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 
 from agent_client.protocols import agent_pb2
+from ttrpc import Code, StatusError
 
 CGROUP_PARENT = "/containers"
 """Below the root of the hierarchy; what the host calls the cgroup means nothing in the guest."""
@@ -85,14 +86,15 @@ class Cgroup:
         return read_flat(f"{self.path}/cgroup.events").get("populated", 0) == 1
 
     async def set_frozen(self, frozen: bool) -> None:
-        """Freeze or thaw, and wait until all processes are. Raises TimeoutError, thawed again, if not."""
+        """Freeze or thaw, and wait until all processes are. Raises StatusError, thawed again, if not."""
         self._write("cgroup.freeze", "1" if frozen else "0")
         deadline = asyncio.get_running_loop().time() + _FREEZE_TIMEOUT_S
         while read_flat(f"{self.path}/cgroup.events").get("frozen", 0) != int(frozen):
             if asyncio.get_running_loop().time() > deadline:
                 self._write("cgroup.freeze", "0")
-                raise TimeoutError(
-                    f"the processes in {self.path} could not be frozen in {_FREEZE_TIMEOUT_S:g} s"
+                raise StatusError(
+                    Code.DEADLINE_EXCEEDED,
+                    f"the processes in {self.path} could not be frozen in {_FREEZE_TIMEOUT_S:g} s",
                 )
             await asyncio.sleep(_POLL_S)
 

@@ -14,6 +14,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
 
 AGENT_PORT = 1024
 SERIAL_PORT = "agent.channel.0"
@@ -72,6 +76,7 @@ async def serve(listen: str, *, is_init: bool) -> None:
     from guest.agent.rpc import AgentService, HealthService, map_error
     from guest.agent.sandbox import Sandbox
     from ttrpc import Server
+    from ttrpc.framing import READ_LIMIT
 
     log = logging.getLogger(__name__)
     reaper = Reaper()
@@ -82,12 +87,12 @@ async def serve(listen: str, *, is_init: bool) -> None:
     server.register(health_pb2.DESCRIPTOR.services_by_name["Health"], HealthService())
 
     async def serve_socket(family: int, address: str | tuple[int, int]) -> None:
-        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        listener.bind(address)
-        listener.listen(16)
-        listener.setblocking(False)
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.bind(address)
+        # Not Server.serve: asyncio's servers of unix sockets refuse vsock's.
+        listening = await asyncio.start_server(server.serve_connection, sock=sock, limit=READ_LIMIT)
         log.info("listening on %s", address)
-        await server.serve(listener)
+        await listening.serve_forever()
 
     async def serve_serial() -> None:
         from ttrpc.chardev import ChardevListener
@@ -107,11 +112,17 @@ async def serve(listen: str, *, is_init: bool) -> None:
             except Exception:
                 log.exception("connection on %s", path)
 
-    async def guarded(name: str, listening: asyncio.Future[None]) -> None:
+    async def guarded(name: str, work: Coroutine[Any, Any, None]) -> None:
         try:
-            await listening
+            await work
         except OSError as error:
             log.warning("%s: %s", name, error)
+
+    async def load_drivers() -> None:
+        from guest.agent.uevent import DriverLoader
+
+        await asyncio.sleep(0)
+        await DriverLoader(reaper).run()
 
     if listen.startswith("unix:"):
         await serve_socket(socket.AF_UNIX, listen.removeprefix("unix:"))
@@ -119,12 +130,15 @@ async def serve(listen: str, *, is_init: bool) -> None:
     tasks = []
     if listen in ("", "vsock"):
         vsock = serve_socket(socket.AF_VSOCK, (_VMADDR_CID_ANY, AGENT_PORT))
-        tasks.append(guarded("vsock", asyncio.ensure_future(vsock)))
+        tasks.append(guarded("vsock", vsock))
     if listen in ("", "serial"):
-        tasks.append(guarded("serial", asyncio.ensure_future(serve_serial())))
-    await asyncio.gather(*tasks)
+        tasks.append(guarded("serial", serve_serial()))
+    listeners = asyncio.gather(*tasks)
+    # After the listeners: nobody waits for these.
+    drivers = asyncio.ensure_future(guarded("drivers", load_drivers()))
+    await listeners
     log.error("no transport left: the host cannot reach this machine")
-    await asyncio.Event().wait()
+    await drivers
 
 
 def _run_as_init() -> None:

@@ -276,8 +276,6 @@ class HealthService:
 
 def map_error(error: Exception) -> StatusError | None:
     """What the kernel says is an answer, not a fault of the agent."""
-    if isinstance(error, TimeoutError):
-        return StatusError(Code.DEADLINE_EXCEEDED, str(error))
     if isinstance(error, OSError):
         return StatusError(Code.INTERNAL, str(error))
     if isinstance(error, ValueError):

@@ -769,9 +769,7 @@ def test_storages(run: Run, tmp_path: Path) -> None:
                     {"destination": target, "type": "bind", "source": source, "options": options}
                 )
 
-        command = (
-            "cat /mnt/file; touch /mnt/x || echo ro; touch /dev/shm/f && echo shm; touch /etc/x && echo local"
-        )
+        command = "cat /mnt/file; touch /mnt/x || echo ro; >/dev/shm/f && echo shm; >/etc/x && echo local"
         status, out, _ = await agent.run(command, change=mounts, storages=storages)
         assert (status, out) == (0, "from the host\nro\nshm\nlocal\n")
         with pytest.raises(StatusError, match="no handler for driver 'tape'"):
@@ -785,9 +783,17 @@ def test_copy_file(run: Run, server: Server) -> None:
         base = "/run/kata-containers/shared/containers"
         for offset, data in ((0, b"abc"), (3, b"def")):
             await agent.rpc.copy_file(
-                agent_pb2.CopyFileRequest(path=f"{base}/d/file", file_size=6, file_mode=0o100640, dir_mode=0o755,
-                                          offset=offset, data=data, uid=5, gid=6)
-            )  # fmt: skip
+                agent_pb2.CopyFileRequest(
+                    path=f"{base}/d/file",
+                    file_size=6,
+                    file_mode=0o100640,
+                    dir_mode=0o755,
+                    offset=offset,
+                    data=data,
+                    uid=5,
+                    gid=6,
+                )
+            )
         copied = Path(f"/proc/{_first_process(server)}/root{base}/d/file")
         assert copied.read_bytes() == b"abcdef"
         assert (copied.stat().st_mode, copied.stat().st_uid, copied.stat().st_gid) == (0o100640, 5, 6)
