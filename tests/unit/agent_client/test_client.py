@@ -287,22 +287,25 @@ def test_a_closed_client_is_closed_twice(tmp_path):
 
 
 @asynccontextmanager
-async def serial_machine(path: Path, agent: Agent) -> AsyncIterator[SerialAddress]:
-    """A QEMU chardev on `path`, one host at a time, before a guest that serves `agent` on its port."""
+async def serial_machine(path: Path, agent: Agent, *, delay_s: float = 0) -> AsyncIterator[SerialAddress]:
+    """A QEMU chardev on `path`, one host at a time, before a guest that serves `agent` on its port.
+
+    What the guest says reaches the host `delay_s` later.
+    """
     host_end, guest_end = socket.socketpair()
     host_end.setblocking(False)
     guest_end.setblocking(False)
     port_reader, port_writer = await asyncio.open_connection(sock=host_end)
     turn = asyncio.Lock()
 
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float = 0) -> None:
         while data := await reader.read(65536):
-            writer.write(data)
+            asyncio.get_running_loop().call_later(delay_s, writer.write, data)
             await writer.drain()
 
     async def chardev(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with turn:
-            to_host = asyncio.create_task(pump(port_reader, writer))
+            to_host = asyncio.create_task(pump(port_reader, writer, delay_s))
             try:
                 await pump(reader, port_writer)
             except ConnectionError:
@@ -361,6 +364,15 @@ def test_a_new_host_on_a_serial_port_does_not_see_the_old_ones_answers(tmp_path)
             agent.exited.set()
             assert (await new.version(health_pb2.CheckRequest())).agent_version == "1.2.3"
             await new.close()
+
+    asyncio.run(body())
+
+
+def test_a_guest_that_is_slow_to_answer_is_reached_over_a_serial_port(tmp_path):
+    async def body():
+        async with serial_machine(tmp_path / "agent.sock", Agent(), delay_s=0.3) as address:
+            client = await AgentClient.connect(address, timeout_s=LONG_S)
+            await client.close()
 
     asyncio.run(body())
 
