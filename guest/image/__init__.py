@@ -17,7 +17,7 @@ What the agent finds:
     /init                  runs guest.agent.main:main() as PID 1, with python3 -ISB; the console is standard
                            input, output and error
     /proc /sys /dev        empty, mounting them is the agent's work; so are /run, /tmp and others.
-                           /dev has console and null
+                           /dev has console, null and urandom
     /usr/bin               crun, busybox and links to it (sh, mount, ...), in /usr/sbin too (modprobe, ip)
     /usr/lib/python3.X     the standard library as bytecode (less python.STDLIB_PRUNED), with google.protobuf,
                            ttrpc, agent_client.protocols and guest.agent
