@@ -1,0 +1,142 @@
+"""Connections over a channel that has none: a socket pair stands for the virtio port and its chardev."""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.unit.ttrpc.echo import ECHO, EchoHandler, Text
+from ttrpc import Client, ConnectionClosed, Server
+from ttrpc.chardev import ChardevListener, connect_chardev
+
+
+@contextlib.asynccontextmanager
+async def guest(end: socket.socket) -> AsyncIterator[EchoHandler]:
+    """The guest's side on one end: a listener that serves one host after another."""
+    server, handler = Server(), EchoHandler()
+    server.register(ECHO, handler)
+    listener = ChardevListener(os.dup(end.fileno()))
+
+    async def serve() -> None:
+        while True:
+            await server.serve_connection(*await listener.accept())
+
+    task = asyncio.create_task(serve())
+    try:
+        yield handler
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        listener.close()
+
+
+async def connect(end: socket.socket, timeout_s: float = 30) -> Client:
+    streams = await asyncio.open_connection(sock=end.dup())
+    return Client(*await connect_chardev(*streams, timeout_s=timeout_s))
+
+
+def run(body: Any) -> None:
+    async def whole() -> None:
+        host_end, guest_end = socket.socketpair()
+        with host_end, guest_end:
+            async with asyncio.timeout(120):
+                await body(host_end, guest_end)
+
+    asyncio.run(whole())
+
+
+def test_calls_with_every_byte_come_back() -> None:
+    async def body(host_end: socket.socket, guest_end: socket.socket) -> None:
+        async with guest(guest_end):
+            client = await connect(host_end)
+            data = bytes(range(256)) * 8000
+            for _ in range(3):
+                assert (await client.service(ECHO).say(Text(data=data))).data == data
+            await client.close()
+
+    run(body)
+
+
+def test_host_waits_for_a_guest_that_opens_its_port_late() -> None:
+    async def body(host_end: socket.socket, guest_end: socket.socket) -> None:
+        connecting = asyncio.create_task(connect(host_end))
+        await asyncio.sleep(0.3)
+        async with guest(guest_end):
+            client = await connecting
+            assert (await client.service(ECHO).say(Text(text="late"))).text == "late"
+            await client.close()
+
+    run(body)
+
+
+def test_a_silent_guest_costs_a_timeout() -> None:
+    async def body(host_end: socket.socket, guest_end: socket.socket) -> None:
+        with pytest.raises(TimeoutError):
+            await connect(host_end, timeout_s=0.2)
+
+    run(body)
+
+
+def test_a_new_host_ends_the_old_connection_and_sees_none_of_its_bytes() -> None:
+    async def body(host_end: socket.socket, guest_end: socket.socket) -> None:
+        async with guest(guest_end) as handler:
+            # The old host dies in the middle of a frame, with a call running and an answer unread.
+            old = await connect(host_end)
+            sleeping = asyncio.create_task(old.service(ECHO).sleep(Text()))
+            await handler.sleeping.wait()
+            host_end.send(b"\x00\x00\x40\x00 half a frame")
+            new = await connect(host_end)
+            for number in range(50):
+                assert (await new.service(ECHO).say(Text(text=str(number)))).text == str(number)
+            await handler.cancelled.wait()
+            await old.close()
+            with pytest.raises(ConnectionClosed):
+                await sleeping
+            await new.close()
+
+    run(body)
+
+
+def test_unread_answers_of_the_old_host_are_dropped() -> None:
+    async def body(host_end: socket.socket, guest_end: socket.socket) -> None:
+        async with guest(guest_end):
+            old = await connect(host_end)
+            old._receiver.cancel()
+            calls = [asyncio.create_task(old.service(ECHO).say(Text(data=bytes(300_000)))) for _ in range(10)]
+            await asyncio.sleep(0.2)
+            new = await connect(host_end)
+            assert (await new.service(ECHO).say(Text(text="clean"))).text == "clean"
+            for call in calls:
+                call.cancel()
+            await asyncio.wait(calls)
+            await new.close()
+
+    run(body)
+
+
+def test_nonsense_before_and_between_handshakes_is_no_handshake() -> None:
+    async def body(host_end: socket.socket, guest_end: socket.socket) -> None:
+        async with guest(guest_end):
+            host_end.send(b"noise \x7e short\n \x7e" + b"Z" * 40 + b"\x7e")
+            client = await connect(host_end)
+            assert (await client.service(ECHO).say(Text(text="on"))).text == "on"
+            await client.close()
+
+    run(body)
+
+
+def test_closing_the_channel_ends_the_hosts_calls() -> None:
+    async def body(host_end: socket.socket, guest_end: socket.socket) -> None:
+        async with guest(guest_end) as handler:
+            client = await connect(host_end)
+            call = asyncio.create_task(client.service(ECHO).sleep(Text()))
+            await handler.sleeping.wait()
+            guest_end.shutdown(socket.SHUT_RDWR)
+            with pytest.raises(ConnectionClosed):
+                await call
+
+    run(body)
