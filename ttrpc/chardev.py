@@ -28,6 +28,7 @@ _LIMIT = 1 << 20
 _PIECE = 64 << 10
 _RETRY_FIRST_S = 0.02
 _RETRY_MAX_S = 0.25
+_RETRY_LATE_S = 5.0
 _HOST_POLL_S = 1.0
 
 
@@ -132,7 +133,8 @@ async def connect_chardev(
                 if done:
                     inner = host.answered.result()
                     return inner.reader, inner.writer
-                pause = min(2 * pause, _RETRY_MAX_S)
+                # A guest that needs longer to answer than the next hail takes would never be in time.
+                pause = min(2 * pause, _RETRY_LATE_S if host.late else _RETRY_MAX_S)
     except BaseException:
         host.answered.cancel()
         writer.transport.abort()
@@ -146,6 +148,8 @@ class _Host(asyncio.Protocol):
         self._seen = b""
         self._inner: _Inner | None = None
         self.answered: asyncio.Future[_Inner] = asyncio.get_running_loop().create_future()
+        self.late = False
+        """The guest has answered an earlier hail than the last."""
 
     def hail(self) -> None:
         """Send a handshake with a nonce of its own."""
@@ -173,6 +177,7 @@ class _Host(asyncio.Protocol):
             if answer == self._nonces[-1] + b"\n" and not self.answered.done():
                 self._inner = _Inner(self)
                 self.answered.set_result(self._inner)
+            self.late = True
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._inner is not None:
