@@ -388,6 +388,7 @@ def test_a_serial_port_without_a_guest_is_a_timeout(tmp_path):
                 AgentDialTimeout, match=r"^agent at serial://.*agent\.sock: no answer within 0\.3 s"
             ):
                 await AgentClient.connect(SerialAddress(tmp_path / "agent.sock"), timeout_s=0.3)
+            await asyncio.sleep(0.01)  # the device's side sees the end
 
     asyncio.run(body())
 
