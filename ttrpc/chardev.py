@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import signal
 from typing import Any
 
@@ -153,7 +152,7 @@ class _Host(asyncio.Protocol):
 
     def hail(self) -> None:
         """Send a handshake with a nonce of its own."""
-        nonce = secrets.token_hex(_NONCE_BYTES // 2).encode()
+        nonce = os.urandom(_NONCE_BYTES // 2).hex().encode()
         self._nonces.append(nonce)
         self._raw.write(_MARK + nonce + b"\n")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -43,7 +43,7 @@ class Client:
         self._receiver = asyncio.create_task(self._receive())
 
     @classmethod
-    async def connect(cls, path: str | Path) -> Client:
+    async def connect(cls, path: str | os.PathLike[str]) -> Client:
         """Connect to a unix socket. Raises OSError."""
         return cls(*await asyncio.open_unix_connection(str(path), limit=framing.READ_LIMIT))
 

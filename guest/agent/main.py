@@ -28,8 +28,15 @@ _LISTEN_TIMEOUT_S = 30.0
 
 
 def _set_up_imports() -> None:
-    # Nothing here speaks TLS, and asyncio does without: a tenth of the time until we listen.
+    """Leave out what nothing here uses; together it is a third of the time until we listen."""
+    # asyncio does without TLS.
     sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
+    # protobuf imports its implementation in Python beside the one in C that it then uses.
+    try:
+        import google._upb._message  # noqa: F401
+    except ImportError:
+        return
+    sys.modules.setdefault("google.protobuf.internal.python_message", type(sys)("python_message"))
 
 
 def _set_up_logging(level: str) -> None:
