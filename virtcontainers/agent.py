@@ -61,6 +61,11 @@ class KataAgent:
     def supports_seccomp(self) -> bool:
         return self.details.agent_details.supports_seccomp
 
+    @property
+    def keeps_output(self) -> bool:
+        """Whether output can still be read after the exit was asked for: a feature of our agent."""
+        return "keeps-output" in self.details.agent_details.extra_features
+
     async def check(self) -> None:
         with translated("Check"):
             await self.client.check(health_pb2.CheckRequest())

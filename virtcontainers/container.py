@@ -46,6 +46,10 @@ class Process:
         self.id = exec_id
         self.terminal = terminal
         self._exit: asyncio.Task[int] | None = None
+        self._stdout_ended = asyncio.Event()
+        self._stderr_ended = asyncio.Event()
+        if terminal:
+            self._stderr_ended.set()
 
     @property
     def _agent_id(self) -> tuple[str, str]:
@@ -53,11 +57,19 @@ class Process:
 
     async def read_stdout(self, size: int) -> bytes:
         """At most `size` bytes, b"" at the end: the process closed it, or the machine died."""
-        return await self.container.sandbox.agent.read_stream(*self._agent_id, size, stderr=False)
+        data = await self.container.sandbox.agent.read_stream(*self._agent_id, size, stderr=False)
+        if not data:
+            self._stdout_ended.set()
+        return data
 
     async def read_stderr(self, size: int) -> bytes:
         """As `read_stdout`; a terminal has only that one."""
-        return await self.container.sandbox.agent.read_stream(*self._agent_id, size, stderr=True)
+        if self.terminal:
+            return b""
+        data = await self.container.sandbox.agent.read_stream(*self._agent_id, size, stderr=True)
+        if not data:
+            self._stderr_ended.set()
+        return data
 
     async def write_stdin(self, data: bytes) -> int:
         """Write all or part; returns how much. Waits while the process does not read."""
@@ -78,11 +90,20 @@ class Process:
     async def wait(self) -> int:
         """The exit status, 128 + signal when killed; any number of callers may wait, and again afterwards.
 
-        Raises UnavailableError when the machine died first.
+        Somebody has to read stdout and stderr to their ends meanwhile: a process with a full pipe does not
+        exit. Raises UnavailableError when the machine died first.
         """
         if self._exit is None:
-            self._exit = asyncio.create_task(self.container.sandbox.agent.wait_process(*self._agent_id))
+            self._exit = asyncio.create_task(self._wait())
         return await asyncio.shield(self._exit)
+
+    async def _wait(self) -> int:
+        agent = self.container.sandbox.agent
+        if not agent.keeps_output:
+            # Kata's agent throws away what is unread when it is asked for the exit.
+            await self._stdout_ended.wait()
+            await self._stderr_ended.wait()
+        return await agent.wait_process(*self._agent_id)
 
 
 class Container:

@@ -62,6 +62,8 @@ class AgentService:
             init_daemon=self._is_init,
             storage_handlers=storage.HANDLERS,
             supports_seccomp=os.path.exists("/proc/sys/kernel/seccomp"),
+            # The host need not read all output before it asks for the exit, as with Kata's agent.
+            extra_features=["keeps-output"],
         )
         return agent_pb2.GuestDetailsResponse(
             agent_details=details,
