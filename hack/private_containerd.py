@@ -1,7 +1,7 @@
 """A containerd of our own: real, with its own root, state and sockets, beside whatever the machine runs.
 
-`hack/containerd`, `hack/ctr`, the benchmark and the integration tests share it. Standard library only, because
-it runs under /usr/bin/python3 before anything is set up.
+`hack/containerd`, `hack/ctr`, the benchmark and the integration tests share it. Standard library only: it
+runs under /usr/bin/python3 before anything is set up.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ GUEST_IMAGE = STATE / "guest"
 TEST_IMAGE_ARCHIVE = CACHE / "images/busybox.tar"
 TEST_IMAGE = "docker.io/library/busybox:latest"
 RUNTIME = "io.containerd.kata-py.v2"
+STANDARD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 Settings = Mapping[str, Mapping[str, Any]]
 """Section ("hypervisor.qemu") to keys and values, as in Kata's configuration.toml."""
 
 
 def write_kata_config(path: Path, settings: Settings | None = None) -> Path:
-    """A configuration.toml for the guest image of this clone, small enough for many at once; `settings` come on top."""
+    """A configuration.toml for this clone's guest image and small machines; `settings` come on top."""
     merged: dict[str, dict[str, Any]] = {
         "hypervisor.qemu": {
             "kernel": str(GUEST_IMAGE / "vmlinuz"),
@@ -65,6 +66,8 @@ class Containerd:
     run: Path
     binaries: Path = Path("/usr/bin")
     """Where `containerd` and `ctr` are."""
+    programs: Path = REPO / ".venv/bin"
+    """Where it finds the shim."""
 
     @property
     def address(self) -> Path:
@@ -106,7 +109,7 @@ class Containerd:
         if not self.kata_config.exists():
             write_kata_config(self.kata_config)
         environment = os.environ | {
-            "PATH": f"{REPO}/.venv/bin:{self.binaries}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PATH": f"{self.programs}:{self.binaries}:{STANDARD_PATH}",
             "KATA_CONF_FILE": str(self.kata_config),
         }
         with self.log.open("ab") as log:
@@ -185,8 +188,8 @@ class Containerd:
             f"""version = 2
 root = "{self.root}"
 state = "{self.run}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
-                    "io.containerd.podsandbox.controller.v1.podsandbox",
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images",
+                    "io.containerd.cri.v1.runtime", "io.containerd.podsandbox.controller.v1.podsandbox",
                     "io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt"]
 [grpc]
   address = "{self.address}"

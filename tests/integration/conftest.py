@@ -1,0 +1,127 @@
+"""Private containerds for a session, configuration files for a test, and a look at the host around each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import host_state
+import pytest
+from harness import Ctr, new_id
+from private_containerd import (
+    CACHE,
+    GUEST_IMAGE,
+    REPO,
+    TEST_IMAGE_ARCHIVE,
+    Containerd,
+    Settings,
+    write_kata_config,
+)
+
+SUITES = ("system", "trixie", "sid")
+"""The machine's containerd (1.6 on Debian 12), 1.7 and 2.x; see hack/containerd-versions."""
+
+_started: list[Containerd] = []
+
+
+def _state_directories() -> frozenset[Path]:
+    return frozenset(containerd.run / "state" for containerd in _started)
+
+
+@pytest.fixture(scope="session")
+def guest_image() -> Path:
+    """Directory of vmlinuz and initrd.img."""
+    if not (GUEST_IMAGE / "initrd.img").exists():
+        pytest.skip(f"no guest image in {GUEST_IMAGE}: run hack/setup.sh")
+    return GUEST_IMAGE
+
+
+def _start(suite: str, directory: Path) -> Containerd:
+    binaries = Path("/usr/bin") if suite == "system" else CACHE / "containerd" / suite / "bin"
+    if os.geteuid() != 0:
+        pytest.skip("containerd needs root")
+    if not (binaries / "containerd").exists():
+        reason = CACHE / "containerd" / f"{suite}.missing"
+        pytest.skip(reason.read_text().strip() if reason.exists() else "run hack/containerd-versions")
+    for needed in (REPO / ".venv/bin/containerd-shim-kata-py-v2", TEST_IMAGE_ARCHIVE):
+        if not needed.exists():
+            pytest.skip(f"no {needed}: run hack/setup.sh")
+    containerd = Containerd(root=directory / "root", run=directory / "run", binaries=binaries)
+    containerd.start()
+    _started.append(containerd)
+    return containerd
+
+
+@pytest.fixture(scope="session")
+def containerd(tmp_path_factory: pytest.TempPathFactory, guest_image: Path) -> Iterator[Containerd]:
+    """The machine's containerd, as a private instance."""
+    instance = _start("system", tmp_path_factory.mktemp("c"))
+    yield instance
+    instance.destroy()
+
+
+@pytest.fixture(scope="session", params=SUITES)
+def every_containerd(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, guest_image: Path
+) -> Iterator[Containerd]:
+    """Each containerd that can be had, one after another."""
+    if request.param == "system":
+        yield request.getfixturevalue("containerd")
+        return
+    instance = _start(request.param, tmp_path_factory.mktemp("c"))
+    yield instance
+    instance.destroy()
+
+
+@pytest.fixture(scope="session")
+def ctr(containerd: Containerd) -> Ctr:
+    return Ctr(containerd)
+
+
+@pytest.fixture(scope="session")
+def every_ctr(every_containerd: Containerd) -> Ctr:
+    return Ctr(every_containerd)
+
+
+@pytest.fixture
+def container_id(request: pytest.FixtureRequest) -> str:
+    return new_id(request.node.name.removeprefix("test_"))
+
+
+Config = Callable[..., tuple[str, ...]]
+
+
+@pytest.fixture
+def config(tmp_path: Path, guest_image: Path) -> Config:
+    """`config({"hypervisor.qemu": {...}})`: options that make `ctr run` use a configuration of its own."""
+
+    def write(settings: Settings) -> tuple[str, ...]:
+        path = write_kata_config(tmp_path / "configuration.toml", settings)
+        return ("--runtime-config-path", str(path))
+
+    return write
+
+
+def _compare(earlier: host_state.HostState) -> None:
+    __tracebackhide__ = True
+    differences = host_state.differences_after(earlier, _state_directories(), timeout_s=20)
+    if differences:
+        pytest.fail(f"the host is not as it was before:\n{differences}", pytrace=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _host_unchanged_by_module() -> Iterator[None]:
+    """What a module shares between its tests is gone at its end."""
+    earlier = host_state.look(_state_directories())
+    yield
+    _compare(earlier)
+
+
+@pytest.fixture(autouse=True)
+def host_unchanged(_host_unchanged_by_module: Any) -> Iterator[None]:
+    """Every test leaves processes, mounts, links, cgroups, sockets and directories as it found them."""
+    earlier = host_state.look(_state_directories())
+    yield
+    _compare(earlier)

@@ -1,0 +1,157 @@
+"""What the integration tests share: ctr as a person uses it, and waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from private_containerd import RUNTIME, TEST_IMAGE, Containerd
+
+T = TypeVar("T")
+
+TIMEOUT_S = 180
+"""For anything that must happen: only a hang is longer, on the slowest machine under TCG."""
+
+_numbers = itertools.count(1)
+
+
+def new_id(name: str) -> str:
+    """A container id nobody else has, on this machine."""
+    return f"{re.sub('[^a-z0-9]+', '-', name.lower())[:40].strip('-')}-{os.getpid()}-{next(_numbers)}"
+
+
+def wait_for(what: str, look: Callable[[], T | None], timeout_s: float = TIMEOUT_S) -> T:
+    """The first truthy answer of `look`."""
+    deadline = time.monotonic() + timeout_s
+    while not (answer := look()):
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.05)
+    return answer
+
+
+@dataclass(frozen=True)
+class Ctr:
+    """containerd's `ctr`, on one private containerd. Output is text unless `input` is bytes."""
+
+    containerd: Containerd
+
+    def __call__(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        result = subprocess.run(
+            self.containerd.ctr_command(*arguments),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+        )
+        if check:
+            assert result.returncode == 0, (
+                f"ctr {' '.join(arguments)}: {result.stderr}{self.containerd.log_tail()}"
+            )
+        return result
+
+    def run_command(self, container_id: str, *command: str, options: tuple[str, ...] = ()) -> list[str]:
+        """The command line of `ctr run` with kata-py and the test image."""
+        return self.containerd.ctr_command(
+            "run", "--runtime", RUNTIME, *options, TEST_IMAGE, container_id, *command
+        )
+
+    def run(
+        self, container_id: str, *command: str, options: tuple[str, ...] = (), input: bytes = b""
+    ) -> subprocess.CompletedProcess[bytes]:
+        """`ctr run --rm`, to its end."""
+        return subprocess.run(
+            self.run_command(container_id, *command, options=("--rm", *options)),
+            capture_output=True,
+            input=input,
+            timeout=TIMEOUT_S,
+        )
+
+    @contextlib.contextmanager
+    def detached(self, container_id: str, *command: str, options: tuple[str, ...] = ()) -> Iterator[str]:
+        """`ctr run -d`; at the end whatever is left of the container is removed by force."""
+        try:
+            result = subprocess.run(
+                self.run_command(container_id, *command, options=("-d", *options)),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=TIMEOUT_S,
+            )
+            assert result.returncode == 0, result.stderr
+            yield container_id
+        finally:
+            self.remove(container_id)
+
+    @contextlib.contextmanager
+    def foreground(
+        self, container_id: str, *command: str, options: tuple[str, ...] = ()
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """`ctr run --rm` with its output in `stdout`, under way; at the end nothing is left of it."""
+        process = subprocess.Popen(
+            self.run_command(container_id, *command, options=("--rm", *options)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+        )
+        try:
+            with process:
+                try:
+                    yield process
+                finally:
+                    process.kill()
+        finally:
+            self.remove(container_id)
+
+    def remove(self, container_id: str) -> None:
+        """Whatever there is of the container, by force."""
+        self("tasks", "rm", "-f", container_id, check=False)
+        self("containers", "rm", container_id, check=False)
+
+    def exec(
+        self, container_id: str, *command: str, options: tuple[str, ...] = (), input: bytes = b""
+    ) -> subprocess.CompletedProcess[bytes]:
+        """`ctr tasks exec`, to its end."""
+        return subprocess.run(
+            self.containerd.ctr_command(
+                "tasks", "exec", "--exec-id", new_id("exec"), *options, container_id, *command
+            ),
+            capture_output=True,
+            input=input,
+            timeout=TIMEOUT_S,
+        )
+
+    def status(self, container_id: str) -> str | None:
+        """As `ctr tasks ls` shows it; None when it has no such task."""
+        for line in self("tasks", "ls").stdout.splitlines()[1:]:
+            name, _pid, status = line.split()
+            if name == container_id:
+                return status
+        return None
+
+    def host_pid(self, container_id: str) -> int:
+        """The pid that `ctr tasks ls` shows."""
+        for line in self("tasks", "ls").stdout.splitlines()[1:]:
+            name, pid, _status = line.split()
+            if name == container_id:
+                return int(pid)
+        raise AssertionError(f"no task {container_id}")
+
+
+def processes_of(container_id: str, program: str) -> list[int]:
+    """Processes whose program's name begins with `program` and whose command line names the pod."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if entry.name.isdigit():
+                arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                named = any(Path(argument).name.startswith(program) for argument in arguments[:3])
+                if named and any(container_id in argument for argument in arguments):
+                    found.append(int(entry.name))
+    return sorted(found)

@@ -1,0 +1,58 @@
+"""Parts of a pod are killed while its container runs: containerd hears of it, and all of the pod goes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import Config
+from harness import TIMEOUT_S, Ctr, processes_of, wait_for
+
+PROGRAMS = {"shim": "containerd-shim-kata-py-v2", "QEMU": "qemu-system", "virtiofsd": "virtiofsd"}
+
+
+@pytest.mark.parametrize("victim", PROGRAMS)
+def test_kill_9_of_a_part_ends_the_container_and_leaves_nothing(
+    every_ctr: Ctr, container_id: str, config: Config, tmp_path: Path, victim: str
+) -> None:
+    ctr = every_ctr
+    events_file = tmp_path / "events"
+    options = config({"hypervisor.qemu": {"shared_fs": "virtio-fs"}})
+    with (
+        events_file.open("wb") as out,
+        subprocess.Popen(ctr.containerd.ctr_command("events"), stdout=out) as events,
+    ):
+        try:
+            with ctr.detached(container_id, "sleep", "1000", options=options):
+                for pid in processes_of(container_id, PROGRAMS[victim]):
+                    os.kill(pid, signal.SIGKILL)
+
+                def exit_event() -> dict[str, object] | None:
+                    for found in re.findall(r" /tasks/exit (\{.*\})", events_file.read_text()):
+                        event: dict[str, object] = json.loads(found)
+                        if event["container_id"] == container_id:
+                            return event
+                    return None
+
+                event = wait_for("containerd to see the exit", exit_event)
+                assert event["exit_status"] == 137
+                wait_for("no running task", lambda: ctr.status(container_id) in (None, "STOPPED"))
+                if ctr.status(container_id):
+                    ctr("tasks", "rm", "-f", container_id, check=False)
+                assert ctr.status(container_id) is None
+                ctr("containers", "rm", container_id)
+                assert container_id not in ctr("containers", "ls", "-q").stdout.split()
+        finally:
+            events.kill()
+
+
+def test_ctr_run_in_the_foreground_ends_when_its_machine_is_killed(ctr: Ctr, container_id: str) -> None:
+    with ctr.foreground(container_id, "sh", "-c", "echo ready; sleep 1000") as running:
+        assert running.stdout and running.stdout.readline() == b"ready\n"
+        for pid in processes_of(container_id, PROGRAMS["QEMU"]):
+            os.kill(pid, signal.SIGKILL)
+        assert running.wait(TIMEOUT_S) == 137
+        wait_for("ctr to remove it", lambda: container_id not in ctr("containers", "ls", "-q").stdout.split())

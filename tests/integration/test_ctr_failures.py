@@ -1,0 +1,112 @@
+"""A container that cannot be made: the user's terminal names the cause; `host_unchanged` finds nothing."""
+
+import io
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Config
+from harness import Ctr
+from private_containerd import TEST_IMAGE_ARCHIVE
+
+
+def refusal(ctr: Ctr, container_id: str, options: tuple[str, ...]) -> str:
+    """What `ctr run` prints when it fails, as it must."""
+    result = ctr.run(container_id, "true", options=options)
+    error = result.stderr.decode()
+    assert result.returncode != 0
+    assert "Traceback" not in error
+    assert container_id not in ctr("containers", "ls", "-q").stdout.split()
+    assert ctr.status(container_id) is None
+    return error
+
+
+def test_no_kernel_file(every_ctr: Ctr, container_id: str, config: Config) -> None:
+    error = refusal(every_ctr, container_id, config({"hypervisor.qemu": {"kernel": "/no/such/vmlinuz"}}))
+    assert "/no/such/vmlinuz" in error
+
+
+def test_no_qemu(ctr: Ctr, container_id: str, config: Config) -> None:
+    error = refusal(ctr, container_id, config({"hypervisor.qemu": {"path": "/no/such/qemu-system-x86_64"}}))
+    assert "/no/such/qemu-system-x86_64" in error
+
+
+def test_qemu_that_is_another_program(ctr: Ctr, container_id: str, config: Config) -> None:
+    error = refusal(ctr, container_id, config({"hypervisor.qemu": {"path": "/bin/false"}}))
+    assert "/bin/false" in error
+
+
+def test_empty_initrd(ctr: Ctr, container_id: str, config: Config, tmp_path: Path) -> None:
+    initrd = tmp_path / "empty.img"
+    initrd.touch()
+    error = refusal(ctr, container_id, config({"hypervisor.qemu": {"initrd": str(initrd)}}))
+    assert str(initrd) in error
+
+
+def initrd_that_sleeps(path: Path) -> Path:
+    """A guest that boots and has no agent: one static busybox as init, in the format of cpio -H newc."""
+    with tarfile.open(TEST_IMAGE_ARCHIVE) as archive:
+        layer = archive.extractfile(max(archive.getmembers(), key=lambda member: member.size))
+        assert layer
+        with tarfile.open(fileobj=io.BytesIO(layer.read())) as tar:
+            busybox = tar.extractfile("bin/busybox")
+            assert busybox
+            program = busybox.read()
+    entries = [
+        ("bin", 0o40755, b""),
+        ("bin/busybox", 0o100755, program),
+        ("init", 0o100755, b"#!/bin/busybox sh\nwhile :; do /bin/busybox sleep 1000; done\n"),
+        ("TRAILER!!!", 0, b""),
+    ]
+    image = b""
+    for inode, (name, mode, data) in enumerate(entries):
+        fields = (inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
+        image += b"070701" + b"".join(b"%08x" % value for value in fields) + name.encode() + b"\0"
+        image += bytes(-len(image) % 4) + data
+        image += bytes(-len(image) % 4)
+    path.write_bytes(image)
+    return path
+
+
+def test_agent_that_never_answers(ctr: Ctr, container_id: str, config: Config, tmp_path: Path) -> None:
+    initrd = initrd_that_sleeps(tmp_path / "no-agent.img")
+    options = config({"hypervisor.qemu": {"initrd": str(initrd)}, "agent.kata": {"dial_timeout": 8}})
+    began = time.monotonic()
+    error = refusal(ctr, container_id, options)
+    # Not a matter of speed: without the configured timeout it would be the default of 45 s or more.
+    assert time.monotonic() - began < 40
+    assert "agent" in error
+    assert "8" in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"hypervisor.qemu": {"default_memory": "much"}}, ("default_memory", "much")),
+        ({"hypervisor.qemu": {"shared_fs": "nfs"}}, ("shared_fs", "nfs")),
+    ],
+)
+def test_a_wrong_configuration_names_file_key_and_value(
+    ctr: Ctr,
+    container_id: str,
+    config: Config,
+    settings: dict[str, dict[str, object]],
+    named: tuple[str, ...],
+) -> None:
+    options = config(settings)
+    error = refusal(ctr, container_id, options)
+    assert all(name in error for name in (*named, options[-1]))
+
+
+def test_a_second_container_of_the_same_name_is_refused(ctr: Ctr, container_id: str) -> None:
+    with ctr.detached(container_id, "sleep", "1000"):
+        result = subprocess.run(
+            ctr.run_command(container_id, "true", options=("--rm",)),
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+        )
+        assert result.returncode != 0
+        assert b"already exists" in result.stderr
+        assert ctr.exec(container_id, "echo", "untouched").stdout == b"untouched\n"
