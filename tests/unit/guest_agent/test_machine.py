@@ -1,0 +1,203 @@
+"""What the agent reads from and writes to its machine, on files that look like it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from agent_client.protocols import agent_pb2
+from guest.agent import linux
+from guest.agent.boot import kernel_command_line
+from guest.agent.cgroup import Cgroup
+from guest.agent.copy_file import copy_file
+from guest.agent.device import pci_sysfs_path, set_device_numbers
+from guest.agent.hotplug import count_cpus
+from guest.agent.modules import find_module
+from guest.agent.mount import parse_options
+from guest.agent.storage import Storages
+from guest.agent.uevent import parse_uevent
+from ttrpc import StatusError
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], (0, "", [])),
+        (["trans=virtio,cache=mmap", "nodev"], (linux.MS_NODEV, "trans=virtio,cache=mmap", [])),
+        (["ro", "rw", "noexec", "mode=1777", "size=1k"], (linux.MS_NOEXEC, "mode=1777,size=1k", [])),
+        (["rbind", "rprivate"], (linux.MS_BIND | linux.MS_REC, "", [linux.MS_PRIVATE | linux.MS_REC])),
+        (["io.katacontainers.fs-opt.overlay-rw", "lowerdir=/a"], (0, "lowerdir=/a", [])),
+    ],
+)
+def test_mount_options(options: list[str], expected: tuple[int, str, list[int]]) -> None:
+    assert parse_options(options) == expected
+
+
+def test_kernel_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "cmdline"
+    path.write_text("quiet agent.log=info agent.transport=serial agent.log=debug\n")
+    options = kernel_command_line(str(path))
+    assert options == {"quiet": "", "agent.log": "debug", "agent.transport": "serial"}
+
+
+@pytest.mark.parametrize(("ranges", "count"), [("0", 1), ("0-3\n", 4), ("0-2,7", 4), ("0,2,4-5", 4)])
+def test_count_cpus(ranges: str, count: int) -> None:
+    assert count_cpus(ranges) == count
+
+
+def test_modules_load_after_what_they_need(tmp_path: Path) -> None:
+    (tmp_path / "modules.dep").write_text(
+        "kernel/fs/9p/9p.ko: kernel/fs/netfs/netfs.ko kernel/net/9p/9pnet.ko\n"
+        "kernel/net/9p/9pnet.ko:\n"
+        "kernel/drivers/net/virtio_net.ko.xz: kernel/net/core/failover.ko.xz\n"
+    )
+    assert find_module(str(tmp_path), "9p") == [
+        "kernel/net/9p/9pnet.ko",
+        "kernel/fs/netfs/netfs.ko",
+        "kernel/fs/9p/9p.ko",
+    ]
+    assert find_module(str(tmp_path), "virtio_net") == [
+        "kernel/net/core/failover.ko.xz",
+        "kernel/drivers/net/virtio_net.ko.xz",
+    ]
+    assert find_module(str(tmp_path), "nosuch") is None
+
+
+def test_uevent() -> None:
+    message = b"add@/devices/x/virtio5\0ACTION=add\0SUBSYSTEM=virtio\0MODALIAS=virtio:d00000002v00001AF4\0"
+    assert parse_uevent(message) == {
+        "ACTION": "add",
+        "SUBSYSTEM": "virtio",
+        "MODALIAS": "virtio:d00000002v00001AF4",
+    }
+
+
+def test_a_pci_path_is_followed_through_its_bridges(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    assert pci_sysfs_path("1f.2", root) == f"{root}/0000:00:1f.2"
+    with pytest.raises(FileNotFoundError):
+        pci_sysfs_path("02/03", root)
+    (tmp_path / "0000:00:02.0/pci_bus/0000:01").mkdir(parents=True)
+    assert pci_sysfs_path("02/03", root) == f"{root}/0000:00:02.0/0000:01:03.0"
+
+
+def test_a_device_of_the_spec_gets_the_guests_numbers() -> None:
+    spec = {
+        "linux": {
+            "devices": [{"path": "/dev/xvdc", "type": "b", "major": 202, "minor": 32}],
+            "resources": {"devices": [{"allow": False, "access": "rwm"}]},
+        }
+    }
+    set_device_numbers(spec, "/dev/xvdc", Path("/dev/null").stat())
+    assert spec["linux"]["devices"] == [{"path": "/dev/xvdc", "type": "c", "major": 1, "minor": 3}]
+    assert spec["linux"]["resources"]["devices"][1] == {
+        "allow": True,
+        "access": "rwm",
+        "type": "c",
+        "major": 1,
+        "minor": 3,
+    }
+    with pytest.raises(StatusError, match="/dev/other"):
+        set_device_numbers(spec, "/dev/other", Path("/dev/null").stat())
+
+
+def test_stats_of_a_cgroup(tmp_path: Path) -> None:
+    files = {
+        "cpu.stat": "usage_usec 1500\nuser_usec 1000\nnr_periods 4\nnr_throttled 2\nthrottled_usec 7\n",
+        "memory.current": "4096\n",
+        "memory.max": "max\n",
+        "memory.stat": "anon 1024\nfile 2048\n",
+        "memory.events": "low 0\nmax 3\noom_kill 1\n",
+        "memory.swap.max": "8192\n",
+        "pids.current": "5\n",
+        "pids.max": "max\n",
+        "io.stat": "254:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=0 dios=0\n",
+        "hugetlb.2MB.current": "2097152\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    stats = Cgroup(str(tmp_path)).stats()
+    assert stats.cpu_stats.cpu_usage.total_usage == 1_500_000
+    assert stats.cpu_stats.throttling_data.throttled_time == 7000
+    memory = stats.memory_stats
+    assert (memory.cache, memory.usage.usage, memory.usage.failcnt) == (2048, 4096, 3)
+    assert (memory.usage.limit, memory.swap_usage.limit, memory.stats["anon"]) == ((1 << 64) - 1, 8192, 1024)
+    assert (stats.pids_stats.current, stats.pids_stats.limit) == (5, 0)
+    entries = {e.op: e.value for e in stats.blkio_stats.io_service_bytes_recursive}
+    assert entries == {"read": 10, "write": 20, "rios": 1, "wios": 2, "dbytes": 0, "dios": 0}
+    assert stats.hugetlb_stats["2MB"].usage == 2097152
+
+
+def test_stats_of_a_cgroup_that_is_gone_are_zero(tmp_path: Path) -> None:
+    assert Cgroup(str(tmp_path / "gone")).stats().cpu_stats.cpu_usage.total_usage == 0
+
+
+def test_a_local_storage_is_made_once_for_all_that_name_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        storages = Storages()
+        point = str(tmp_path / "local")
+        wanted = [agent_pb2.Storage(driver="local", mount_point=point, options=["mode=0750"])]
+        assert await storages.add(wanted, None) == [point]
+        assert await storages.add(wanted, None) == [point]
+        assert Path(point).stat().st_mode & 0o7777 == 0o750
+        storages.release([point])
+        storages.release([point])
+        assert Path(point).is_dir()
+
+    asyncio.run(body())
+
+
+def copy(
+    root: Path, name: str, data: bytes = b"", mode: int = 0o100644, size: int = -1, offset: int = 0
+) -> None:
+    copy_file(
+        agent_pb2.CopyFileRequest(
+            path=f"{root}/{name}",
+            data=data,
+            file_mode=mode,
+            dir_mode=0o755,
+            file_size=len(data) if size < 0 else size,
+            offset=offset,
+            uid=os.getuid(),
+            gid=os.getgid(),
+        ),
+        str(root),
+    )
+
+
+def test_a_copied_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    copy(tmp_path, "a/b/file", b"abc", size=6)
+    assert not (tmp_path / "a/b/file").exists()
+    copy(tmp_path, "a/b/file", b"def", size=6, offset=3)
+    assert (tmp_path / "a/b/file").read_bytes() == b"abcdef"
+    copy(tmp_path, "a/b/file", b"x", mode=0o100600)
+    assert (tmp_path / "a/b/file").read_bytes() == b"x"
+    assert (tmp_path / "a/b/file").stat().st_mode == 0o100600
+
+
+def test_directories_and_links_are_copied(tmp_path: Path) -> None:
+    copy(tmp_path, "d", mode=0o042750)
+    assert (tmp_path / "d").stat().st_mode == 0o042750
+    copy(tmp_path, "link", b"d", mode=0o120777)
+    assert (tmp_path / "link").readlink() == Path("d")
+    copy(tmp_path, "d/file", b"x")
+    copy(tmp_path, "d", mode=0o040755)
+    assert (tmp_path / "d/file").exists()
+    copy(tmp_path, "link", b"now a file")
+    assert not (tmp_path / "link").is_symlink()
+
+
+def test_nothing_is_copied_out_of_the_shared_directory(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir()
+    outside.mkdir()
+    (root / "link").symlink_to(outside)
+    for name in ("../outside/x", "a/../../outside/x", "a//b", "."):
+        with pytest.raises(StatusError):
+            copy(root, name, b"x")
+    with pytest.raises(OSError):
+        copy(root, "link/x", b"x")
+    assert list(outside.iterdir()) == []
