@@ -104,15 +104,75 @@ compile_packages() {
     done
 }
 
-# link_programs BIN: /usr/local/bin/PROGRAM -> BIN/PROGRAM, where the name is free, dangling or a kata-py's already.
+# link_programs BIN OURS...: /usr/local/bin/PROGRAM -> BIN/PROGRAM, where the name is free, dangling, or a link into
+# one of the directories OURS.
 link_programs() {
-    local program link
+    local bin=$1 program link ours
+    shift
     for program in containerd-shim-kata-py-v2 kata-py; do
         link=/usr/local/bin/$program
-        if [ ! -e "$link" ] || [[ -L $link && $(readlink "$link") == */"$program" ]]; then
-            ln -sfn "$1/$program" "$link"
-        else
-            echo "$link is not ours: left as it is"
-        fi
+        for ours in "$@"; do
+            if [ ! -e "$link" ] || [[ $(readlink "$link") == $ours/$program ]]; then
+                ln -sfn "$bin/$program" "$link"
+                break
+            fi
+        done
+        [ "$(readlink "$link")" = "$bin/$program" ] || echo "$link is another's: left as it is"
     done
+}
+
+supported_system() {
+    [ "$(uname -m)" = x86_64 ] || die "kata-py runs on x86_64, this is $(uname -m)"
+    command -v apt-get >/dev/null || die "no apt-get: expected Debian 12, Debian 13 or Ubuntu 24.04"
+    source /etc/os-release
+    case "$ID:$VERSION_ID" in
+        debian:12 | debian:13 | ubuntu:24.04) ;;
+        *) echo "  $PRETTY_NAME is untested: expected Debian 12, Debian 13 or Ubuntu 24.04" ;;
+    esac
+}
+
+# packages EXTRA...: what kata-py needs of the distribution, and EXTRA; only what is missing.
+packages() {
+    local needed=(ca-certificates python3 python3-venv qemu-system-x86 "$@") missing=() package
+    # Debian 12 has virtiofsd in qemu-system-common.
+    [ "$ID:$VERSION_ID" = debian:12 ] || needed+=(virtiofsd)
+    # Docker's containerd.io brings both, and stays.
+    command -v containerd >/dev/null && command -v ctr >/dev/null || needed+=(containerd)
+    command -v runc >/dev/null || needed+=(runc)
+    for package in "${needed[@]}"; do
+        [ "$(dpkg-query -W -f '${db:Status-Abbrev}' "$package" 2>/dev/null)" = "ii " ] || missing+=("$package")
+    done
+    if [ "${#missing[@]}" != 0 ]; then
+        step "packages: ${missing[*]}" install_packages "${missing[@]}"
+    elif [ -z "$(find /var/lib/apt/lists -maxdepth 1 -name '*_Packages*' -print -quit)" ]; then
+        # The images are made of packages that are fetched, not installed.
+        step "package lists" apt-get update
+    fi
+}
+
+install_packages() {
+    # needrestart (Ubuntu) would restart the services of others.
+    export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
+    apt-get update
+    if [[ " $* " != *" containerd "* ]] || [ ! -d /run/systemd/system ]; then
+        apt-get install -y --no-install-recommends "$@"
+        return
+    fi
+    # containerd's package enables and starts its service; a masked unit is left alone.
+    systemctl mask --runtime containerd.service
+    trap 'systemctl unmask --runtime containerd.service' EXIT
+    apt-get install -y --no-install-recommends "$@"
+    systemctl disable containerd.service
+}
+
+# make_venv DIRECTORY LOCK: a virtual environment of the system's Python with exactly the packages of LOCK.
+make_venv() {
+    local version
+    version=$(/usr/bin/python3 -c 'import sys; print(sys.version_info[:2])')
+    # After an upgrade of the distribution the packages belong to an interpreter that is gone.
+    if [ "$("$1/bin/python" -c 'import sys; print(sys.version_info[:2])')" != "$version" ]; then
+        rm -rf "$1"
+        /usr/bin/python3 -m venv "$1"
+    fi
+    "$1/bin/python" -m pip install --disable-pip-version-check --require-hashes --only-binary :all: -r "$2"
 }

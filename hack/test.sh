@@ -1,0 +1,37 @@
+#!/bin/bash
+# Sets everything up and runs every check and test. `hack/test.sh ARGS...` gives ARGS to pytest.
+source "$(dirname "$0")/lib.sh"
+require_root
+cd "$repo"
+
+checks=()
+check() {
+    local title=$1
+    shift
+    headline "==> $title: $*"
+    if "$@"; then
+        checks+=("ok      $title")
+    else
+        checks+=("FAILED  $title")
+        failed=yes
+    fi
+}
+failed=''
+
+headline "==> set-up"
+hack/setup.sh
+hack/containerd-versions
+
+bin=$venv/bin
+check "lint" "$bin/ruff" check
+check "format" "$bin/ruff" format --check
+check "types" "$bin/mypy"
+check "types of the tests' harness" env MYPYPATH=hack:tests/integration "$bin/mypy" --explicit-package-bases hack tests/integration
+check "imports point one way" "$bin/lint-imports"
+check "generated code is up to date" hack/generate-protos --check
+# The fast ones first.
+check "tests" "$bin/python" -m pytest --durations=10 tests/unit tests/integration "$@"
+
+headline "==> summary"
+printf '  %s\n' "${checks[@]}"
+[ -z "$failed" ]
