@@ -1,0 +1,158 @@
+"""The processes of a machine: started so that none outlives its owner, and found again when one does."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from virtcontainers.hypervisor.base import HypervisorError
+from virtcontainers.hypervisor.logs import with_tail
+
+MARK = "KATA_PY_VM"
+"""In the environment of every process of a machine: its directory. Unlike words of a command line it cannot
+be there by chance, and it stays through wrappers and forks."""
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_TERMINATE_TIMEOUT_S = 5.0
+
+
+class MachineProcess:
+    """QEMU or a daemon beside it, with a log of its own. It is killed when the starting process dies."""
+
+    def __init__(self, name: str, log: Path, process: subprocess.Popen[bytes]) -> None:
+        """Use `start`."""
+        self.name = name
+        self.log = log
+        self.pid = process.pid
+        self._process = process
+        loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[str] = loop.create_future()
+        # A pidfd in the loop, and not asyncio's own watcher: before Python 3.12 that is a thread a process.
+        self._pidfd = os.pidfd_open(process.pid)
+        loop.add_reader(self._pidfd, self._on_exit)
+
+    @classmethod
+    def start(
+        cls,
+        name: str,
+        argv: Sequence[str],
+        *,
+        directory: Path,
+        stdout: int | None = None,
+        pass_fds: Iterable[int] = (),
+    ) -> MachineProcess:
+        """Start `argv` for the machine of `directory`; stderr, and stdout unless given, go to its log there.
+
+        It gets nothing of ours but `pass_fds`, under their numbers. Raises HypervisorError when it does not
+        start.
+        """
+        log = directory / f"{name}.log"
+        libc = ctypes.CDLL(None)
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it died before the prctl
+                os._exit(1)
+
+        with log.open("ab") as output:
+            try:
+                process = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output if stdout is None else stdout,
+                    stderr=output,
+                    pass_fds=tuple(pass_fds),
+                    # containerd's environment can hold secrets, and a guest might break out.
+                    env={"PATH": os.defpath, MARK: str(directory)},
+                    cwd="/",
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,
+                )
+            except (OSError, subprocess.SubprocessError) as error:
+                raise HypervisorError(f"{argv[0]} does not start: {error}") from error
+        return cls(name, log, process)
+
+    def _on_exit(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        status = self._process.wait()
+        how = f"exited with status {status}" if status >= 0 else f"was killed by {_signal_name(-status)}"
+        self._ended.set_result(f"{self.name} (pid {self.pid}) {how}")
+
+    @property
+    def running(self) -> bool:
+        return not self._ended.done()
+
+    async def wait(self) -> str:
+        """How it ended, as a sentence without its full stop."""
+        return await asyncio.shield(self._ended)
+
+    async def wait_with_tail(self) -> str:
+        """How it ended, with the tail of its log."""
+        return with_tail(await self.wait(), self.log)
+
+    async def terminate(self, timeout_s: float = _TERMINATE_TIMEOUT_S) -> None:
+        """SIGTERM, later SIGKILL; returns when it is gone. Idempotent."""
+        if self.running:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+            done, _ = await asyncio.wait({self._ended}, timeout=timeout_s)
+            if not done:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        await self.wait()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def find_processes(directory: Path) -> list[int]:
+    """The pids of all processes of the machine of `directory`, whoever started them."""
+    wanted = f"{MARK}={directory}".encode()
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if pid != os.getpid() and _has_mark(pid, wanted)]
+
+
+def _has_mark(pid: int, mark: bytes) -> bool:
+    try:
+        return mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # gone, or not ours to look at
+        return False
+
+
+async def end_processes(directory: Path, timeout_s: float = _TERMINATE_TIMEOUT_S) -> None:
+    """End what `find_processes` finds: SIGTERM, later SIGKILL. Raises HypervisorError when one stays."""
+    mark = f"{MARK}={directory}".encode()
+    for number, patience_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, timeout_s)):
+        pidfds: dict[int, int] = {}
+        try:
+            for pid in find_processes(directory):
+                try:
+                    pidfds[pid] = os.pidfd_open(pid)
+                    # Between the look and the open the pid may have become another process's.
+                    if _has_mark(pid, mark):
+                        signal.pidfd_send_signal(pidfds[pid], number)
+                except ProcessLookupError:
+                    pass
+            deadline = asyncio.get_running_loop().time() + patience_s
+            for pidfd in pidfds.values():
+                while not select.select([pidfd], [], [], 0)[0]:
+                    if asyncio.get_running_loop().time() > deadline:
+                        break
+                    await asyncio.sleep(0.005)
+        finally:
+            for pidfd in pidfds.values():
+                os.close(pidfd)
+        if not (left := find_processes(directory)):
+            return
+    raise HypervisorError(f"processes of the machine in {directory} do not end: {', '.join(map(str, left))}")

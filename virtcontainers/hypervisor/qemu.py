@@ -1,0 +1,359 @@
+"""The QEMU driver."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from agent_client.transports import AgentAddress, HybridVsockAddress, SerialAddress, VsockAddress
+from virtcontainers.config import RUN_VC, Accel, AgentConfig, AgentTransport, HypervisorConfig, SharedFS
+from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError
+from virtcontainers.hypervisor.accel import decide_accel
+from virtcontainers.hypervisor.base import (
+    BootTimeout,
+    Hypervisor,
+    HypervisorError,
+    Persisted,
+    VMState,
+    vm_dir,
+)
+from virtcontainers.hypervisor.logs import ConsoleLog, with_tail
+from virtcontainers.hypervisor.process import MachineProcess, end_processes
+from virtcontainers.hypervisor.qemu_cmdline import MachineFiles, QemuCommandLine, plan
+from virtcontainers.hypervisor.qmp import QMP
+from virtcontainers.hypervisor.vhost_vsock import (
+    GuestCID,
+    find_context_id,
+    find_vhost_device_vsock,
+    resolve_transport,
+    vhost_device_vsock_argv,
+)
+from virtcontainers.hypervisor.virtiofsd import Virtiofsd, detect_flavour, find_virtiofsd
+
+log = logging.getLogger(__name__)
+
+MACHINE_TYPE = "q35"
+_MIGRATION_TIMEOUT_S = 30.0
+_LAST_WORDS_TIMEOUT_S = 1.0
+
+
+class Qemu(Hypervisor):
+    """One QEMU, with its virtiofsd and vhost-device-vsock; they die with the process that started them.
+
+    `shared_path` is exported to the guest, tag kataShared, in the way of `shared_fs`; None: nothing is.
+    """
+
+    def __init__(
+        self,
+        vm_id: str,
+        config: HypervisorConfig,
+        agent: AgentConfig,
+        *,
+        shared_path: Path | None,
+        run_vc: Path = RUN_VC,
+    ) -> None:
+        self.id = vm_id
+        self.config = config
+        self.directory = vm_dir(run_vc, vm_id)
+        self.files = MachineFiles(directory=self.directory)
+        self._agent = agent
+        self._shared_path = shared_path
+        self._log = logging.LoggerAdapter(log, {"sandbox": vm_id})
+        self._command_line: QemuCommandLine | None = None
+        self._transport = AgentTransport.AUTO
+        self._guest_cid: GuestCID | None = None
+        self._virtiofsd: Path | None = None
+        self._vhost_device_vsock: Path | None = None
+        self._qemu: MachineProcess | None = None
+        self._daemons: list[MachineProcess] = []
+        self._qmp: QMP | None = None
+        self._console: ConsoleLog | None = None
+        self._thread_ids: dict[int, int] = {}
+
+    # -- planning
+
+    def create_vm(self) -> None:
+        self.require(VMState.NEW)
+        config = self.config
+        if config.machine_type != MACHINE_TYPE:
+            raise InvalidArgumentError(f'machine_type "{config.machine_type}": expected "{MACHINE_TYPE}"')
+        _require_program("QEMU", "path", config.path)
+        if config.kernel is None:
+            raise InvalidArgumentError("no guest kernel: set kernel in [hypervisor.qemu]")
+        _require_file("guest kernel", "kernel", config.kernel)
+        if (config.initrd is None) == (config.image is None):
+            found = "both are" if config.initrd else "neither is"
+            raise InvalidArgumentError(f"one of initrd and image is needed in [hypervisor.qemu], {found} set")
+        if config.initrd is not None:
+            _require_file("guest initrd", "initrd", config.initrd)
+        if config.image is not None:
+            _require_file("guest image", "image", config.image)
+        if config.firmware is not None:
+            _require_file("firmware", "firmware", config.firmware)
+        if self._shared_path is not None and config.shared_fs is SharedFS.VIRTIO_FS:
+            self._virtiofsd = find_virtiofsd(config)
+        decision = decide_accel(config.accel)
+        if decision.accel is Accel.TCG:
+            self._log.warning("the machine is emulated (TCG), which is slow: %s", decision.reason)
+        self._transport = resolve_transport(self._agent.transport)
+        if self._transport is AgentTransport.HVSOCK:
+            self._vhost_device_vsock = find_vhost_device_vsock()
+        if self._transport is AgentTransport.VSOCK:
+            # No trace on the host but the open descriptor, which ends with us or with stop_vm.
+            self._guest_cid = find_context_id()
+        self._command_line = plan(
+            config,
+            self._agent,
+            self.files,
+            name=f"sandbox-{self.id}",
+            accel=decision.accel,
+            transport=self._transport,
+            guest_cid=self._guest_cid.cid if self._guest_cid else None,
+            shared_path=self._shared_path,
+            host_memory_mib=_host_memory_mib(),
+        )
+        self.state = VMState.CREATED
+
+    @property
+    def command_line(self) -> QemuCommandLine:
+        """Valid from CREATED on."""
+        if self._command_line is None:
+            raise HypervisorError("the machine is new, expected created")
+        return self._command_line
+
+    @property
+    def agent_address(self) -> AgentAddress:
+        self.command_line  # noqa: B018 - the transport is known once this is
+        match self._transport:
+            case AgentTransport.VSOCK:
+                assert self._guest_cid is not None
+                return VsockAddress(self._guest_cid.cid)
+            case AgentTransport.HVSOCK:
+                return HybridVsockAddress(self.files.agent_socket)
+            case _:
+                return SerialAddress(self.files.agent_socket)
+
+    def save(self) -> Persisted:
+        self.command_line  # noqa: B018
+        return {"type": "qemu", "id": self.id, "directory": str(self.directory)}
+
+    # -- starting and stopping
+
+    async def start_vm(self, timeout_s: float) -> None:
+        self.require(VMState.CREATED)
+        try:
+            await self._start(asyncio.get_running_loop().time() + timeout_s)
+        except BaseException:
+            await asyncio.shield(self.stop_vm())
+            raise
+
+    async def _start(self, deadline: float) -> None:
+        clock = asyncio.get_running_loop().time
+        started_at = clock()
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        await self._start_daemons(deadline)
+        self._console = ConsoleLog(self.files.console_log)
+        with ExitStack() as stack:
+            # The sockets listen before QEMU exists: whoever connects waits for it instead of trying again.
+            fds = {"qmp": stack.enter_context(_listening(self.files.qmp_socket)).fileno()}
+            if self._transport is AgentTransport.SERIAL:
+                fds["agent"] = stack.enter_context(_listening(self.files.agent_socket)).fileno()
+            if self._guest_cid is not None:
+                fds["vhost"] = self._guest_cid.vhost_fd
+            argv = self.command_line.argv(fds)
+            self._log.debug("starting %s", argv)
+            self._qemu = MachineProcess.start(
+                "qemu",
+                argv,
+                directory=self.directory,
+                stdout=self._console.write_fd,
+                pass_fds=fds.values(),
+            )
+        self._console.started()
+        self._release_guest_cid()
+        try:
+            self._qmp = await QMP.connect(self.files.qmp_socket, timeout_s=max(0.0, deadline - clock()))
+        except HypervisorError as error:
+            raise await self._start_failure(error) from error
+        if self.config.boot_from_template:
+            assert self.config.devices_state_path is not None
+            await self._qmp.migrate_incoming(
+                self.config.devices_state_path, timeout_s=max(0.0, deadline - clock())
+            )
+        cpus = await self._qmp.execute("query-cpus-fast")
+        self._thread_ids = {cpu["cpu-index"]: cpu["thread-id"] for cpu in cpus}
+        self.state = VMState.PAUSED if self.config.boot_from_template else VMState.RUNNING
+        self._log.debug("QEMU (pid %d) runs after %.0f ms", self._qemu.pid, 1000 * (clock() - started_at))
+
+    async def _start_daemons(self, deadline: float) -> None:
+        if self._virtiofsd is not None:
+            assert self._shared_path is not None
+            daemon = Virtiofsd(
+                path=self._virtiofsd,
+                flavour=detect_flavour(self._virtiofsd),
+                shared_path=self._shared_path,
+                cache=self.config.virtio_fs_cache,
+                extra_args=self.config.virtio_fs_extra_args,
+            )
+            with _listening(self.files.virtiofsd_socket) as listener:
+                self._start_daemon("virtiofsd", daemon.argv(listener.fileno()), listener.fileno())
+        if self._vhost_device_vsock is not None:
+            argv = vhost_device_vsock_argv(
+                self._vhost_device_vsock,
+                socket_path=self.files.vhost_vsock_socket,
+                uds_path=self.files.agent_socket,
+            )
+            process = self._start_daemon("vhost-device-vsock", argv)
+            # It takes no descriptor: QEMU, which connects once, must come after it.
+            while not self.files.vhost_vsock_socket.exists():
+                if not process.running:
+                    raise HypervisorError(await process.wait_with_tail())
+                if asyncio.get_running_loop().time() > deadline:
+                    raise BootTimeout(with_tail("vhost-device-vsock does not listen", process.log))
+                await asyncio.sleep(0.002)
+
+    def _start_daemon(self, name: str, argv: list[str], *pass_fds: int) -> MachineProcess:
+        process = MachineProcess.start(name, argv, directory=self.directory, pass_fds=pass_fds)
+        self._daemons.append(process)
+        return process
+
+    async def _start_failure(self, error: HypervisorError) -> HypervisorError:
+        """Why QMP is not there: as a rule because somebody died, who said why in his log."""
+        assert self._qemu is not None
+        with contextlib.suppress(TimeoutError):
+            # QMP's end is seen before the death that caused it.
+            async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+                await self._qemu.wait()
+        # A dead daemon comes first: QEMU only died of it.
+        dead = [process for process in (*self._daemons, self._qemu) if not process.running]
+        if dead:
+            reasons = [await process.wait_with_tail() for process in dead]
+            return HypervisorError("QEMU did not start: " + "\n".join(reasons))
+        return BootTimeout(with_tail(str(error), self._qemu.log))
+
+    async def stop_vm(self) -> None:
+        self.state = VMState.STOPPED
+        self._release_guest_cid()
+        if self._qmp is not None:
+            await self._qmp.close()
+        if self._qemu is not None:
+            await self._qemu.terminate()
+        await asyncio.gather(*(daemon.terminate() for daemon in self._daemons))
+        if self._console is not None:
+            self._console.close()
+        _remove_directory(self.directory)
+
+    def _release_guest_cid(self) -> None:
+        """From QEMU's start on, QEMU holds it."""
+        if self._guest_cid is not None and self._guest_cid.vhost_fd >= 0:
+            os.close(self._guest_cid.vhost_fd)
+            self._guest_cid = GuestCID(self._guest_cid.cid, -1)
+
+    @classmethod
+    async def cleanup(cls, persisted: Persisted) -> None:
+        directory = Path(persisted["directory"])
+        await end_processes(directory)
+        _remove_directory(directory)
+
+    # -- running
+
+    async def pause_vm(self) -> None:
+        self.require(VMState.RUNNING)
+        await self._monitor.execute("stop")
+        self.state = VMState.PAUSED
+
+    async def resume_vm(self) -> None:
+        self.require(VMState.PAUSED)
+        await self._monitor.execute("cont")
+        self.state = VMState.RUNNING
+
+    async def save_vm(self) -> None:
+        self.require(VMState.PAUSED)
+        if not self.config.boot_to_be_template or self.config.devices_state_path is None:
+            raise FailedPreconditionError("the machine was not booted to be a template: it cannot be saved")
+        await self._monitor.migrate(self.config.devices_state_path, timeout_s=_MIGRATION_TIMEOUT_S)
+
+    async def wait_dead(self) -> str:
+        if self._qemu is None:
+            raise HypervisorError(f"the machine is {self.state.value}, expected running")
+        processes = [self._qemu, *self._daemons]
+        waits = [asyncio.create_task(process.wait()) for process in processes]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        dead = next(process for process in processes if not process.running)
+        reason = await dead.wait_with_tail()
+        return self.with_console_tail(reason) if dead is self._qemu else reason
+
+    def with_console_tail(self, message: str) -> str:
+        """`message`, and below it what the guest said last on its console."""
+        if self._console is not None:
+            self._console.drain()
+        return with_tail(message, self.files.console_log)
+
+    @property
+    def pid(self) -> int:
+        self.require(VMState.RUNNING, VMState.PAUSED)
+        assert self._qemu is not None
+        return self._qemu.pid
+
+    def get_pids(self) -> list[int]:
+        processes = [self._qemu] if self._qemu is not None else []
+        return [process.pid for process in (*processes, *self._daemons) if process.running]
+
+    def get_thread_ids(self) -> dict[int, int]:
+        return dict(self._thread_ids)
+
+    @property
+    def _monitor(self) -> QMP:
+        assert self._qmp is not None
+        return self._qmp
+
+
+@contextmanager
+def _listening(path: Path) -> Iterator[socket.socket]:
+    """A listening socket; the path stays when it is closed here, for those who were given it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
+        try:
+            path.unlink(missing_ok=True)
+            listener.bind(str(path))
+        except OSError as error:
+            raise HypervisorError(f"socket {path}: {error}") from error
+        listener.listen(1)
+        yield listener
+
+
+def _require_file(what: str, key: str, path: Path) -> None:
+    if not path.exists():
+        raise InvalidArgumentError(f"{what} {path} ({key} in [hypervisor.qemu]) does not exist")
+    if not path.is_file():
+        raise InvalidArgumentError(f"{what} {path} ({key} in [hypervisor.qemu]) is not a file")
+    if path.stat().st_size == 0:
+        raise InvalidArgumentError(f"{what} {path} ({key} in [hypervisor.qemu]) is empty: 0 bytes")
+
+
+def _require_program(what: str, key: str, path: Path) -> None:
+    _require_file(what, key, path)
+    if not os.access(path, os.X_OK):
+        raise InvalidArgumentError(f"{what} {path} ({key} in [hypervisor.qemu]) is not executable")
+
+
+def _host_memory_mib(meminfo: Path = Path("/proc/meminfo")) -> int:
+    first = meminfo.read_text().split("\n", 1)[0]  # "MemTotal:       24683984 kB"
+    return int(first.split()[1]) // 1024
+
+
+def _remove_directory(directory: Path) -> None:
+    """With the sockets and logs in it; idempotent."""
+    if directory.is_dir():
+        for entry in directory.iterdir():
+            entry.unlink()
+        directory.rmdir()

@@ -1,0 +1,394 @@
+"""QEMU's command line: what the machine is, as data first, rendered last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from virtcontainers.config import (
+    MOUNT_GUEST_TAG,
+    Accel,
+    AgentConfig,
+    AgentTransport,
+    HypervisorConfig,
+    SharedFS,
+)
+
+AGENT_CHANNEL = "agent.channel.0"
+"""The guest finds its agent's port by this name, as in Kata."""
+
+HOTPLUG_PORTS = 4
+"""Empty pcie-root-ports beside those the configuration asks for; each costs 3 ms of an emulated boot."""
+
+_NVDIMM_ROOT = "/dev/pmem0p1"
+_TCG_TB_SIZE_MIB = 128
+
+
+@dataclass(frozen=True)
+class Fd:
+    """A file descriptor that has its number only when QEMU is started."""
+
+    name: str
+
+
+Value = str | int | bool | Path | Fd
+Fds = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Option:
+    """`first,key=value,...` of one of QEMU's options."""
+
+    first: str
+    properties: Mapping[str, Value] = field(default_factory=dict)
+
+    def render(self, fds: Fds) -> str:
+        return ",".join(
+            [self.first, *(f"{key}={_render(value, fds)}" for key, value in self.properties.items())]
+        )
+
+
+def _render(value: Value, fds: Fds) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, Fd):
+        return str(fds[value.name])
+    # QEMU's only way to have a comma in a value.
+    return str(value).replace(",", ",,")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineFiles:
+    """Where the machine's sockets are, in its directory."""
+
+    directory: Path
+
+    @property
+    def qmp_socket(self) -> Path:
+        return self.directory / "qmp.sock"
+
+    @property
+    def agent_socket(self) -> Path:
+        """The chardev behind the agent's serial port, or vhost-device-vsock's side for us."""
+        return self.directory / "agent.sock"
+
+    @property
+    def virtiofsd_socket(self) -> Path:
+        return self.directory / "virtiofsd.sock"
+
+    @property
+    def vhost_vsock_socket(self) -> Path:
+        """vhost-device-vsock's side for QEMU."""
+        return self.directory / "vhost-vsock.sock"
+
+    @property
+    def extra_monitor_socket(self) -> Path:
+        return self.directory / "extra-monitor.sock"
+
+    @property
+    def pid_file(self) -> Path:
+        return self.directory / "pid"
+
+    @property
+    def console_log(self) -> Path:
+        return self.directory / "console.log"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QemuCommandLine:
+    """One machine. `argv` gives QEMU's arguments; the order of `devices` decides their PCI slots."""
+
+    path: Path
+    name: str
+    machine: Option
+    accel: Option
+    cpu: Option
+    smp: Option
+    memory: Option
+    kernel: Path
+    kernel_params: tuple[str, ...]
+    initrd: Path | None = None
+    firmware: Path | None = None
+    objects: tuple[Option, ...] = ()
+    chardevs: tuple[Option, ...] = ()
+    monitors: tuple[Option, ...] = ()
+    fsdevs: tuple[Option, ...] = ()
+    devices: tuple[Option, ...] = ()
+    sandbox: str = ""
+    pid_file: Path
+    incoming: str = ""
+    debug: bool = False
+
+    def argv(self, fds: Fds) -> list[str]:
+        """`fds` has a number for every `Fd`. The list begins with QEMU itself."""
+
+        def each(flag: str, options: tuple[Option, ...]) -> list[str]:
+            return [word for option in options for word in (flag, option.render(fds))]
+
+        return [
+            str(self.path),
+            *("-name", f"{self.name},debug-threads=on"),
+            "-nodefaults",
+            "-no-user-config",
+            *("-display", "none"),
+            # A guest's reset, and so its panic, ends the machine instead of booting it anew.
+            "-no-reboot",
+            *(("-sandbox", self.sandbox) if self.sandbox else ()),
+            *("-pidfile", str(self.pid_file)),
+            *("-machine", self.machine.render(fds)),
+            *("-accel", self.accel.render(fds)),
+            *("-cpu", self.cpu.render(fds)),
+            *("-smp", self.smp.render(fds)),
+            *("-m", self.memory.render(fds)),
+            *each("-object", self.objects),
+            *each("-chardev", self.chardevs),
+            *each("-mon", self.monitors),
+            *each("-fsdev", self.fsdevs),
+            *each("-device", self.devices),
+            *(("-bios", str(self.firmware)) if self.firmware else ()),
+            *("-kernel", str(self.kernel)),
+            *(("-initrd", str(self.initrd)) if self.initrd else ()),
+            *("-append", " ".join(self.kernel_params)),
+            *(("-incoming", self.incoming) if self.incoming else ()),
+            *(("-d", "guest_errors,unimp") if self.debug else ()),
+        ]
+
+
+def plan(
+    config: HypervisorConfig,
+    agent: AgentConfig,
+    files: MachineFiles,
+    *,
+    name: str,
+    accel: Accel,
+    transport: AgentTransport,
+    guest_cid: int | None,
+    shared_path: Path | None,
+    host_memory_mib: int,
+) -> QemuCommandLine:
+    """The command line for a configuration; `accel` and `transport` are decided, not AUTO.
+
+    Its `Fd`s are `qmp`, `agent` (SERIAL) and `vhost` (VSOCK, with `guest_cid`). Touches nothing.
+    """
+    assert config.kernel is not None
+    virtio_fs = shared_path is not None and config.shared_fs is SharedFS.VIRTIO_FS
+    vhost_user = virtio_fs or transport is AgentTransport.HVSOCK
+    backend = _memory_backend(config, shared=vhost_user)
+
+    machine: dict[str, Value] = {
+        # Controllers that no guest of ours uses and every boot would pay for.
+        "usb": False,
+        "sata": False,
+        "smbus": False,
+        "vmport": False,
+        "hpet": False,
+    }
+    objects: list[Option] = []
+    chardevs: list[Option] = []
+    monitors: list[Option] = []
+    fsdevs: list[Option] = []
+    devices: list[Option] = []
+
+    if backend is not None:
+        objects.append(backend)
+        machine["memory-backend"] = backend.properties["id"]
+    if config.image is not None:
+        machine["nvdimm"] = True
+        size = config.image.stat().st_size
+        image: dict[str, Value] = {"id": "mem0", "mem-path": config.image, "size": size, "share": True}
+        objects.append(Option("memory-backend-file", {**image, "readonly": True}))
+        # Unarmed: the guest is told that it may not write, and does not try.
+        devices.append(Option("nvdimm", {"id": "nv0", "memdev": "mem0", "unarmed": True}))
+
+    chardevs.append(Option("socket", {"id": "qmp", "fd": Fd("qmp"), "server": True, "wait": False}))
+    monitors.append(Option("qmp", {"mode": "control"}))
+    if config.extra_monitor_socket and config.enable_debug:
+        path = files.extra_monitor_socket
+        chardevs.append(Option("socket", {"id": "extra", "path": path, "server": True, "wait": False}))
+        monitors.append(_extra_monitor(config.extra_monitor_socket))
+
+    # The legacy port and not virtio's: Debian's kernel has it built in and so tells why a boot failed, and it
+    # costs no measurable time. stdio is a pipe of ours, see ConsoleLog.
+    chardevs.append(Option("stdio", {"id": "console", "signal": False}))
+    devices.append(Option("isa-serial", {"chardev": "console"}))
+
+    objects.append(Option("rng-random", {"id": "rng0", "filename": config.entropy_source}))
+    devices.append(_virtio("virtio-rng-pci", {"rng": "rng0"}))
+
+    match transport:
+        case AgentTransport.VSOCK:
+            assert guest_cid is not None
+            devices.append(
+                _virtio("vhost-vsock-pci", {"id": "vsock0", "vhostfd": Fd("vhost"), "guest-cid": guest_cid})
+            )
+        case AgentTransport.HVSOCK:
+            chardevs.append(Option("socket", {"id": "vsock", "path": files.vhost_vsock_socket}))
+            devices.append(_virtio("vhost-user-vsock-pci", {"id": "vsock0", "chardev": "vsock"}))
+        case _:
+            chardevs.append(
+                Option("socket", {"id": "agent", "fd": Fd("agent"), "server": True, "wait": False})
+            )
+            devices.append(_virtio("virtio-serial-pci", {"id": "serial0"}))
+            devices.append(
+                Option("virtserialport", {"chardev": "agent", "bus": "serial0.0", "name": AGENT_CHANNEL})
+            )
+
+    if virtio_fs:
+        chardevs.append(Option("socket", {"id": "fs", "path": files.virtiofsd_socket}))
+        fs: dict[str, Value] = {"chardev": "fs", "tag": MOUNT_GUEST_TAG}
+        fs["queue-size"] = config.virtio_fs_queue_size
+        if config.virtio_fs_cache_size_mib:
+            fs["cache-size"] = f"{config.virtio_fs_cache_size_mib}M"
+        devices.append(Option("vhost-user-fs-pci", fs))
+    elif shared_path is not None and config.shared_fs is SharedFS.VIRTIO_9P:
+        share: dict[str, Value] = {"id": "share", "path": shared_path, "security_model": "none"}
+        # Several file systems are mounted below the path: their inode numbers must not meet.
+        fsdevs.append(Option("local", {**share, "multidevs": "remap"}))
+        devices.append(_virtio("virtio-9p-pci", {"fsdev": "share", "mount_tag": MOUNT_GUEST_TAG}))
+
+    devices.extend(
+        Option("pcie-root-port", {"id": f"rp{number}", "chassis": number + 1})
+        for number in range(HOTPLUG_PORTS + config.pcie_root_port)
+    )
+
+    return QemuCommandLine(
+        path=config.path,
+        name=name,
+        machine=Option(_with_raw(config.machine_type, config.machine_accelerators), machine),
+        accel=_accel(accel),
+        cpu=Option(_with_raw(_cpu_model(config.cpu_model, accel), config.cpu_features)),
+        smp=_smp(config),
+        memory=_memory(config, host_memory_mib),
+        kernel=config.kernel,
+        kernel_params=_kernel_params(config, agent, transport),
+        initrd=config.initrd,
+        firmware=config.firmware,
+        objects=tuple(objects),
+        chardevs=tuple(chardevs),
+        monitors=tuple(monitors),
+        fsdevs=tuple(fsdevs),
+        devices=tuple(devices),
+        sandbox=config.seccompsandbox,
+        pid_file=files.pid_file,
+        incoming="defer" if config.boot_from_template else "",
+        debug=config.enable_debug,
+    )
+
+
+def _virtio(driver: str, properties: Mapping[str, Value]) -> Option:
+    # On the root bus they would have a legacy half as well, for guests of before virtio 1.0.
+    return Option(driver, {**properties, "disable-legacy": True})
+
+
+def _with_raw(first: str, raw: str) -> str:
+    return f"{first},{raw}" if raw else first
+
+
+def _accel(accel: Accel) -> Option:
+    if accel is Accel.KVM:
+        return Option("kvm")
+    # QEMU's own bound for translated code is an eighth of the host's memory, up to 1 GiB a machine.
+    return Option("tcg", {"thread": "multi", "tb-size": _TCG_TB_SIZE_MIB})
+
+
+def _cpu_model(model: str, accel: Accel) -> str:
+    if accel is Accel.KVM:
+        return model or "host"
+    return "max" if model in ("", "host") else model
+
+
+def _smp(config: HypervisorConfig) -> Option:
+    # A socket a vCPU, as in Kata: each can be hot-plugged alone.
+    most = max(config.default_vcpus, config.default_maxvcpus)
+    return Option(str(config.default_vcpus), {"maxcpus": most, "sockets": most, "cores": 1, "threads": 1})
+
+
+def _memory(config: HypervisorConfig, host_memory_mib: int) -> Option:
+    most = (config.default_maxmemory_mib or host_memory_mib) + config.memory_offset_mib
+    if config.image is not None:
+        # The image takes a slot, and its size of the room for hot-plugging.
+        most += -(-config.image.stat().st_size // (1 << 20))
+    if config.memory_slots == 0 or most <= config.default_memory_mib:
+        return Option(f"{config.default_memory_mib}M")
+    return Option(f"{config.default_memory_mib}M", {"slots": config.memory_slots, "maxmem": f"{most}M"})
+
+
+def _memory_backend(config: HypervisorConfig, *, shared: bool) -> Option | None:
+    """None: QEMU's own anonymous memory, which is private and so the cheapest."""
+    common: dict[str, Value] = {"id": "dimm1", "size": f"{config.default_memory_mib}M"}
+    if config.enable_mem_prealloc:
+        common["prealloc"] = True
+    if config.boot_to_be_template or config.boot_from_template:
+        assert config.memory_path is not None
+        # The template writes the file; a clone maps it copy-on-write.
+        share = shared or config.boot_to_be_template
+        return Option("memory-backend-file", {**common, "mem-path": config.memory_path, "share": share})
+    if config.enable_hugepages:
+        return Option("memory-backend-memfd", {**common, "share": True, "hugetlb": True})
+    if shared:
+        # A vhost-user daemon maps the guest's memory by descriptor.
+        return Option("memory-backend-memfd", {**common, "share": True})
+    if config.enable_mem_prealloc:
+        return Option("memory-backend-ram", common)
+    return None
+
+
+def _extra_monitor(kind: str) -> Option:
+    if kind == "hmp":
+        return Option("extra", {"mode": "readline"})
+    return Option("extra", {"mode": "control", "pretty": kind == "qmp-pretty"})
+
+
+def _kernel_params(
+    config: HypervisorConfig, agent: AgentConfig, transport: AgentTransport
+) -> tuple[str, ...]:
+    """Kata's for this machine, the agent's, and the user's last: the last of a name wins."""
+    params = [
+        "tsc=reliable",
+        "no_timer_check",
+        "rcupdate.rcu_expedited=1",
+        "i8042.direct=1",
+        "i8042.dumbkbd=1",
+        "i8042.nopnp=1",
+        "i8042.noaux=1",
+        "noreplace-smp",
+        # A triple fault, which needs no keyboard controller; with -no-reboot a panic then ends QEMU.
+        "reboot=t",
+        "panic=1",
+        "cryptomgr.notests",
+        "net.ifnames=0",
+        "pci=lastbus=0",
+        "console=ttyS0",
+        "8250.nr_uarts=1",
+    ]
+    if config.image is not None:
+        params += [
+            f"root={_NVDIMM_ROOT}",
+            *_root_flags(config.rootfs_type),
+            f"rootfstype={config.rootfs_type}",
+        ]
+    params += ["debug"] if config.enable_debug else ["quiet"]
+    if config.image is not None:
+        if config.enable_debug:
+            params += ["systemd.show_status=true", "systemd.log_level=debug"]
+        else:
+            params += ["systemd.show_status=false"]
+        # What Kata's images start the agent with.
+        params += ["systemd.unit=kata-containers.target", "systemd.mask=systemd-networkd.service"]
+        params += ["systemd.mask=systemd-networkd.socket"]
+    if agent.enable_debug:
+        params += ["agent.log=debug"]
+    if agent.enable_tracing:
+        params += ["agent.trace=true"]
+    if agent.debug_console_enabled:
+        params += ["agent.debug_console", "agent.debug_console_vport=1026"]
+    if agent.launch_process_timeout_s > 0:
+        params += [f"agent.launch_process_timeout={agent.launch_process_timeout_s:.0f}"]
+    params += [f"agent.transport={'serial' if transport is AgentTransport.SERIAL else 'vsock'}"]
+    return (*params, *config.kernel_params.split())
+
+
+def _root_flags(rootfs_type: str) -> list[str]:
+    flags = "dax" if rootfs_type in ("xfs", "erofs") else "dax,data=ordered,errors=remount-ro"
+    return [f"rootflags={flags}", "ro"]

@@ -1,0 +1,105 @@
+"""A machine whose agent answers, after Kata's `vm.go`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent_client.client import AgentClient
+from agent_client.transports import AgentDialFailed, AgentDialTimeout
+from virtcontainers.config import RUN_VC, AgentConfig, HypervisorConfig
+from virtcontainers.hypervisor.base import BootTimeout, HypervisorError
+from virtcontainers.hypervisor.qemu import Qemu
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VMConfig:
+    """All that a new machine depends on."""
+
+    hypervisor: HypervisorConfig
+    agent: AgentConfig
+
+
+class VM:
+    """One machine and the connection to its agent."""
+
+    agent: AgentClient
+    """There once `start` has returned."""
+
+    def __init__(self, vm_id: str, config: VMConfig, hypervisor: Qemu) -> None:
+        """Use `new`."""
+        self.id = vm_id
+        self.config = config
+        self.hypervisor = hypervisor
+        self._log = logging.LoggerAdapter(log, {"sandbox": vm_id})
+
+    @classmethod
+    def new(cls, vm_id: str, config: VMConfig, *, shared_path: Path | None, run_vc: Path = RUN_VC) -> VM:
+        """Plan a machine; nothing exists before `start`. Raises as `Hypervisor.create_vm`."""
+        hypervisor = Qemu(vm_id, config.hypervisor, config.agent, shared_path=shared_path, run_vc=run_vc)
+        hypervisor.create_vm()
+        return cls(vm_id, config, hypervisor)
+
+    async def start(self, timeout_s: float | None = None) -> None:
+        """Boot, and return when the agent has answered; None: within the agent's dial_timeout.
+
+        Raises BootTimeout, with the end of the guest's console, when it does not; HypervisorError when
+        QEMU or a daemon dies before. Nothing is left then.
+        """
+        timeout_s = self.config.agent.dial_timeout_s if timeout_s is None else timeout_s
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        await self.hypervisor.start_vm(timeout_s)
+        try:
+            await self.connect(max(0.0, deadline - asyncio.get_running_loop().time()))
+        except BaseException:
+            await asyncio.shield(self.stop())
+            raise
+
+    async def connect(self, timeout_s: float) -> None:
+        """Reach the agent, while watching that there still is a machine to answer. Raises as `start`."""
+        address = self.hypervisor.agent_address
+        agent = asyncio.create_task(AgentClient.connect(address, timeout_s=timeout_s))
+        death = asyncio.create_task(self.hypervisor.wait_dead())
+        try:
+            await asyncio.wait({agent, death}, return_when=asyncio.FIRST_COMPLETED)
+            if not agent.done():
+                raise HypervisorError(f"the machine ended before its agent answered: {death.result()}")
+            self.agent = agent.result()
+        except AgentDialTimeout as error:
+            raise BootTimeout(
+                self.hypervisor.with_console_tail(f"{error} (dial_timeout in [agent.kata])")
+            ) from error
+        except AgentDialFailed as error:
+            raise HypervisorError(str(error)) from error
+        finally:
+            await _cancel(agent, death)
+
+    async def stop(self) -> None:
+        """End everything of the machine; idempotent."""
+        await self.disconnect()
+        await self.hypervisor.stop_vm()
+
+    async def pause(self) -> None:
+        await self.hypervisor.pause_vm()
+
+    async def resume(self) -> None:
+        await self.hypervisor.resume_vm()
+
+    async def save(self) -> None:
+        """Save the devices' state of a machine booted to be a template; it must be paused."""
+        await self.hypervisor.save_vm()
+
+    async def disconnect(self) -> None:
+        """Close the connection to the agent; idempotent."""
+        if hasattr(self, "agent"):
+            await self.agent.close()
+
+
+async def _cancel(*tasks: asyncio.Task[object]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
