@@ -1,0 +1,69 @@
+"""`delete`: containerd cannot reach the shim of a container; take what it left off the host.
+
+It is also called after every ordinary end, when there is nothing: then nothing is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from shim.main import Flags
+from shim.start import StartError, answers, pod_of
+from shim.wire import encode
+
+KILLED = 128 + 9
+
+_POD_DIRECTORIES = (
+    "/run/vc/sbs",
+    "/run/vc/vm",
+    "/run/kata-containers/shared/sandboxes",
+)
+"""virtcontainers' places, each with a directory per pod."""
+
+
+def delete(flags: Flags) -> int:
+    """Clean up, then a DeleteResponse on stdout. What fails is raised after everything was tried."""
+    bundle = flags.bundle or os.getcwd()
+    try:
+        sandbox_id = pod_of(bundle) or flags.id
+    except StartError as error:
+        # A bundle that was never whole: no container can have been made of it.
+        os.write(2, f"{error}\n".encode())
+        sandbox_id = flags.id
+    remove_dead_socket(bundle)
+    pid = 0
+    rootfs = f"{bundle}/rootfs"
+    if any(os.path.lexists(f"{directory}/{sandbox_id}") for directory in _POD_DIRECTORIES):
+        from shim.cleanup import clean_up
+
+        pid = clean_up(sandbox_id, flags.id)
+    if os.path.ismount(rootfs):
+        from pathlib import Path
+
+        from virtcontainers.mount import unmount_below
+
+        unmount_below(Path(rootfs))
+    os.write(1, response(pid))
+    return 0
+
+
+def response(pid: int) -> bytes:
+    """containerd.task.v2.DeleteResponse of a process that was killed now."""
+    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    exited_at = encode(1, seconds) + encode(2, nanoseconds)
+    return encode(1, pid) + encode(2, KILLED) + encode(3, exited_at)
+
+
+def remove_dead_socket(bundle: str) -> None:
+    """The shim's; not when somebody answers: the other containers of a pod may still have their shim."""
+    try:
+        with open(f"{bundle}/address") as file:
+            path = file.read().removeprefix("unix://")
+    except OSError:
+        return
+    if path.startswith("/") and os.path.lexists(path) and not answers(path):
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass

@@ -1,0 +1,75 @@
+"""The agent's statistics as containerd's clients read them: io.containerd.cgroups.v2.Metrics, after Kata's
+`statsToMetricsV2`."""
+
+from __future__ import annotations
+
+from agent_client.protocols.agent_pb2 import BlkioStatsEntry, StatsContainerResponse
+from shim.protocols.cgroups_v2_pb2 import (
+    CPUStat,
+    HugeTlbStat,
+    IOEntry,
+    IOStat,
+    MemoryEvents,
+    MemoryStat,
+    Metrics,
+    NetworkStat,
+    PidsStat,
+)
+
+_MEMORY_FIELDS = MemoryStat.DESCRIPTOR.fields_by_name.keys() - {"psi"}
+
+
+def metrics(response: StatsContainerResponse) -> Metrics:
+    stats = response.cgroup_stats
+    usage, throttling = stats.cpu_stats.cpu_usage, stats.cpu_stats.throttling_data
+    cpu = CPUStat(
+        usage_usec=usage.total_usage // 1000,
+        user_usec=usage.usage_in_usermode // 1000,
+        system_usec=usage.usage_in_kernelmode // 1000,
+        nr_periods=throttling.periods,
+        nr_throttled=throttling.throttled_periods,
+        throttled_usec=throttling.throttled_time // 1000,
+    )
+    # The guest's memory.stat has the fields' own names, but for a few that no field is called after.
+    memory = MemoryStat()
+    for name in _MEMORY_FIELDS & stats.memory_stats.stats.keys():
+        setattr(memory, name, stats.memory_stats.stats[name])
+    memory.usage = stats.memory_stats.usage.usage
+    memory.usage_limit = stats.memory_stats.usage.limit
+    memory.max_usage = stats.memory_stats.usage.max_usage
+    memory.swap_usage = stats.memory_stats.swap_usage.usage
+    memory.swap_limit = stats.memory_stats.swap_usage.limit
+    memory.swap_max_usage = stats.memory_stats.swap_usage.max_usage
+    return Metrics(
+        pids=PidsStat(current=stats.pids_stats.current, limit=stats.pids_stats.limit),
+        cpu=cpu,
+        memory=memory,
+        memory_events=MemoryEvents(max=stats.memory_stats.usage.failcnt),
+        io=IOStat(usage=_io(response)),
+        hugetlb=[
+            HugeTlbStat(current=huge.usage, max=huge.max_usage, pagesize=size, failcnt=huge.failcnt)
+            for size, huge in sorted(stats.hugetlb_stats.items())
+        ],
+        network=[
+            NetworkStat(**{field.name: value for field, value in network.ListFields()})
+            for network in response.network_stats
+        ],
+    )
+
+
+def _io(response: StatsContainerResponse) -> list[IOEntry]:
+    entries: dict[tuple[int, int], IOEntry] = {}
+
+    def add(found: BlkioStatsEntry, read: str, write: str) -> None:
+        device = found.major, found.minor
+        entry = entries.setdefault(device, IOEntry(major=found.major, minor=found.minor))
+        if (operation := found.op.lower()) in ("read", "write"):
+            field = read if operation == "read" else write
+            setattr(entry, field, getattr(entry, field) + found.value)
+
+    blkio = response.cgroup_stats.blkio_stats
+    for found in blkio.io_service_bytes_recursive:
+        add(found, "rbytes", "wbytes")
+    for found in blkio.io_serviced_recursive:
+        add(found, "rios", "wios")
+    return list(entries.values())

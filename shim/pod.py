@@ -1,0 +1,538 @@
+"""The tasks of one pod as containerd sees them: their states, and every event, in order.
+
+A task is a process: a container's init, or an exec in it. What happens in the guest is virtcontainers'
+business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from katautils import create as katautils_create
+from shim.events import Publisher
+from shim.protocols import events_pb2, types_pb2
+from shim.protocols.task_types_pb2 import CREATED, PAUSED, PAUSING, RUNNING, STOPPED, Status
+from shim.stdio import ProcessIO, Stdio
+from virtcontainers.config import Mount
+from virtcontainers.container import Container, Process
+from virtcontainers.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    KataError,
+    NotFoundError,
+    UnavailableError,
+)
+from virtcontainers.sandbox import Sandbox
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SIGKILL = 9
+SIGTERM = 15
+KILLED = 128 + SIGKILL
+NO_COMMAND = 127
+"""A shell's status for a command that is not there."""
+
+START_FAILED = 255
+
+DRAIN_IDLE_S = 2.0
+"""After a process has exited: how long output that does not move holds its exit back."""
+
+EXECS_END_S = 5.0
+"""How long an init's exit waits for those of its execs, which the guest has killed."""
+
+_NO_COMMAND = re.compile(r"executable file .*not found", re.DOTALL)
+"""crun's and runc's words."""
+
+
+@dataclass(eq=False)
+class Task:
+    """One process."""
+
+    container_id: str
+    exec_id: str
+    """Empty for the container's init."""
+    stdio: Stdio
+    spec: dict[str, Any] = field(default_factory=dict)
+    """An exec's OCI process."""
+    status: Status = CREATED
+    io: ProcessIO | None = None
+    process: Process | None = None
+    exit_status: int = 0
+    exited_at: Timestamp | None = None
+    has_exited: asyncio.Event = field(default_factory=asyncio.Event)
+    is_ending: bool = False
+    """It is gone from the guest; its output may still be on the way."""
+    size: tuple[int, int] | None = None
+    """Asked for before there was a terminal."""
+    is_stdin_released: bool = False
+    watcher: asyncio.Task[None] | None = None
+
+    @property
+    def id(self) -> str:
+        return self.exec_id or self.container_id
+
+    def release_stdin(self) -> None:
+        """containerd's CloseIO."""
+        self.is_stdin_released = True
+        if self.io is not None:
+            self.io.release_stdin()
+
+    def require(self, *statuses: Status) -> None:
+        """Raise FailedPreconditionError unless the task is in one of `statuses`."""
+        if self.status not in statuses or self.is_ending:
+            now = "exiting" if self.is_ending and self.status != STOPPED else Status.Name(self.status).lower()
+            wanted = " or ".join(Status.Name(status).lower() for status in statuses)
+            raise FailedPreconditionError(f"process {self.id} is {now}, expected {wanted}")
+
+
+@dataclass(eq=False)
+class TaskContainer:
+    """One container: its init and its execs."""
+
+    bundle: Path
+    init: Task
+    container: Container | None
+    """None when its command was not there: it was never made."""
+    no_command: str = ""
+    execs: dict[str, Task] = field(default_factory=dict)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Of whatever changes its state."""
+
+    @property
+    def id(self) -> str:
+        return self.init.container_id
+
+    def tasks(self) -> Iterator[Task]:
+        """The execs, then the init: the order of their exits."""
+        yield from self.execs.values()
+        yield self.init
+
+
+class Pod:
+    """Everything one shim serves. Errors are virtcontainers'; a state change is finished even when its caller
+    goes away."""
+
+    def __init__(self, namespace: str, publisher: Publisher) -> None:
+        self._namespace = namespace
+        self._publisher = publisher
+        self._sandbox: Sandbox | None = None
+        self._main_id = ""
+        """The container whose end is the machine's."""
+        self._pid = 0
+        self._containers: dict[str, TaskContainer] = {}
+        self._creating: set[str] = set()
+        self._create_lock = asyncio.Lock()
+        self._watchers: set[asyncio.Task[None]] = set()
+        """Of the machine."""
+        self._teardown: asyncio.Task[None] | None = None
+        self._background: set[asyncio.Task[Any]] = set()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._containers and not self._creating
+
+    def pid(self, container_id: str) -> int:
+        """The hypervisor's: no other process of the container is on the host."""
+        self.container(container_id)
+        return self._pid
+
+    def container(self, container_id: str) -> TaskContainer:
+        """Raises NotFoundError."""
+        if (container := self._containers.get(container_id)) is None:
+            raise NotFoundError(f"container {container_id} does not exist")
+        return container
+
+    def task(self, container_id: str, exec_id: str) -> Task:
+        """Raises NotFoundError."""
+        container = self.container(container_id)
+        if not exec_id:
+            return container.init
+        if (task := container.execs.get(exec_id)) is None:
+            raise NotFoundError(f"exec {exec_id} of container {container_id} does not exist")
+        return task
+
+    async def create(
+        self,
+        container_id: str,
+        bundle: Path,
+        rootfs: Sequence[types_pb2.Mount],
+        stdio: Stdio,
+        runtime_config_path: Path | None,
+    ) -> int:
+        """Make the pod's machine with its first container, or one more container in it; returns the pid."""
+        if container_id in self._containers or container_id in self._creating:
+            raise AlreadyExistsError(f"container {container_id} exists already")
+        self._creating.add(container_id)
+        try:
+            async with self._create_lock:
+                created = await self._create(container_id, bundle, rootfs, stdio, runtime_config_path)
+            self._containers[container_id] = created
+        finally:
+            self._creating.discard(container_id)
+        self._publisher.publish(
+            events_pb2.TaskCreate(
+                container_id=container_id,
+                bundle=str(bundle),
+                rootfs=rootfs,
+                io=events_pb2.TaskIO(
+                    stdin=stdio.stdin, stdout=stdio.stdout, stderr=stdio.stderr, terminal=stdio.terminal
+                ),
+                pid=self._pid,
+            )
+        )
+        return self._pid
+
+    async def _create(
+        self,
+        container_id: str,
+        bundle: Path,
+        rootfs: Sequence[types_pb2.Mount],
+        stdio: Stdio,
+        runtime_config_path: Path | None,
+    ) -> TaskContainer:
+        mounts = [
+            Mount(type=mount.type, source=mount.source, options=tuple(mount.options), target=mount.target)
+            for mount in rootfs
+        ]
+        init = Task(container_id=container_id, exec_id="", stdio=stdio)
+        created = TaskContainer(bundle=bundle, init=init, container=None)
+        init.io = await ProcessIO.open(stdio, self._namespace, container_id)
+        try:
+            if self._sandbox is not None:
+                created.container = await katautils_create.create_container(
+                    self._sandbox, bundle, container_id, mounts, terminal=stdio.terminal
+                )
+            else:
+                sandbox = await katautils_create.create_sandbox(
+                    bundle, container_id, mounts, runtime_config_path, terminal=stdio.terminal
+                )
+                created.container = sandbox.containers[container_id]
+                self._adopt(sandbox, container_id)
+        except KataError as error:
+            if not _NO_COMMAND.search(str(error)):
+                await init.io.close()
+                raise
+            # A user expects what a shell does: a process that says so and ends with 127.
+            created.no_command = str(error)
+        except BaseException:
+            await init.io.close()
+            raise
+        return created
+
+    def _adopt(self, sandbox: Sandbox, main_id: str) -> None:
+        self._sandbox, self._main_id, self._pid = sandbox, main_id, sandbox.hypervisor_pid
+        self._teardown = None
+        self._watchers = {
+            asyncio.create_task(self._watch_machine(sandbox)),
+            asyncio.create_task(self._watch_oom(sandbox)),
+        }
+
+    async def start(self, container_id: str, exec_id: str) -> int:
+        """Start a container's init, or an exec; returns the pid."""
+        container, task = self.container(container_id), self.task(container_id, exec_id)
+        await self._finish(self._start(container, task))
+        return self._pid
+
+    async def _start(self, container: TaskContainer, task: Task) -> None:
+        async with container.lock:
+            task.require(CREATED)
+            no_command = "" if task.exec_id else container.no_command
+            if not no_command:
+                try:
+                    await (self._start_exec if task.exec_id else self._start_init)(container, task)
+                except KataError as error:
+                    no_command = str(error)
+                    if not _NO_COMMAND.search(no_command):
+                        await self._end(container, task, START_FAILED, publish=False)
+                        raise
+            task.status = RUNNING
+            self._publisher.publish(
+                events_pb2.TaskExecStarted(container_id=container.id, exec_id=task.exec_id, pid=self._pid)
+                if task.exec_id
+                else events_pb2.TaskStart(container_id=container.id, pid=self._pid)
+            )
+            if no_command:
+                self._spawn(self._report_no_command(container, task, no_command))
+                return
+            assert task.io is not None and task.process is not None
+            task.io.start(task.process)
+            task.watcher = self._spawn(self._watch(container, task, task.process))
+            if task.size is not None:
+                try:
+                    await task.process.resize(*task.size)
+                except KataError as error:
+                    log.warning("process %s: %s", task.id, error, extra={"container": container.id})
+
+    async def _start_init(self, container: TaskContainer, task: Task) -> None:
+        assert container.container is not None
+        await katautils_create.start_container(container.container)
+        task.process = container.container.process
+
+    async def _start_exec(self, container: TaskContainer, task: Task) -> None:
+        container.init.require(RUNNING)
+        assert container.container is not None
+        task.io = await ProcessIO.open(task.stdio, self._namespace, task.exec_id)
+        if task.is_stdin_released:
+            task.io.release_stdin()
+        task.process = await container.container.enter(task.exec_id, task.spec)
+
+    async def _report_no_command(self, container: TaskContainer, task: Task, reason: str) -> None:
+        if task.io is not None:
+            await task.io.report(reason)
+        await self._end(container, task, NO_COMMAND)
+
+    async def _watch(self, container: TaskContainer, task: Task, process: Process) -> None:
+        try:
+            status = await process.wait()
+        except KataError as error:
+            log.warning("lost sight of process %s: %s", task.id, error, extra={"container": container.id})
+            status = KILLED
+        await self._end(container, task, status)
+
+    async def _end(
+        self, container: TaskContainer, task: Task, exit_status: int, *, publish: bool = True
+    ) -> None:
+        """The process is gone: let its output out, then tell. Does nothing the second time."""
+        if task.is_ending:
+            return
+        task.is_ending = True
+        exited_at = Timestamp()
+        exited_at.FromNanoseconds(time.time_ns())
+        if not task.exec_id:
+            await self._end_execs(container)
+        if task.io is not None:
+            await task.io.drain(DRAIN_IDLE_S)
+            if not publish or task.process is None:
+                await task.io.close()
+        task.status, task.exit_status, task.exited_at = STOPPED, exit_status, exited_at
+        task.has_exited.set()
+        if publish:
+            self._publisher.publish(
+                events_pb2.TaskExit(
+                    container_id=container.id,
+                    id=task.id,
+                    pid=self._pid,
+                    exit_status=exit_status,
+                    exited_at=exited_at,
+                )
+            )
+        if container.id == self._main_id and not task.exec_id:
+            self._begin_teardown()
+
+    async def _end_execs(self, container: TaskContainer) -> None:
+        """The init's end is theirs too; the init's exit is the last one told."""
+        watchers = [task.watcher for task in container.execs.values() if task.watcher is not None]
+        if watchers:
+            await asyncio.wait(watchers, timeout=EXECS_END_S)
+        for task in list(container.execs.values()):
+            if task.status != CREATED:
+                await self._end(container, task, KILLED)
+
+    async def exec(self, container_id: str, exec_id: str, spec: dict[str, Any], stdio: Stdio) -> None:
+        """Note a process (an OCI process object) that `start` will run in the container."""
+        container = self.container(container_id)
+        if not exec_id:
+            raise InvalidArgumentError(f"exec in container {container_id}: no exec id")
+        if exec_id in container.execs:
+            raise AlreadyExistsError(f"exec {exec_id} of container {container_id} exists already")
+        container.init.require(RUNNING)
+        container.execs[exec_id] = Task(
+            container_id=container_id,
+            exec_id=exec_id,
+            stdio=stdio,
+            spec={**spec, "terminal": stdio.terminal},
+        )
+        self._publisher.publish(events_pb2.TaskExecAdded(container_id=container_id, exec_id=exec_id))
+
+    async def delete(self, container_id: str, exec_id: str) -> Task:
+        """Forget a process that does not run; with a container's init the container goes, with the pod's main
+        container the machine. Returns what it was."""
+        container, task = self.container(container_id), self.task(container_id, exec_id)
+        await self._finish(self._delete(container, task))
+        return task
+
+    async def _delete(self, container: TaskContainer, task: Task) -> None:
+        async with container.lock:
+            self.task(container.id, task.exec_id)  # whoever came first may have deleted it
+            if task.status != CREATED and task.status != STOPPED:
+                task.require(STOPPED)
+            if task.exec_id:
+                await self._close_io(task)
+                del container.execs[task.exec_id]
+                if container.container is not None:
+                    container.container.processes.pop(task.exec_id, None)
+                return
+            if task.status == CREATED:
+                await self._end(container, task, KILLED, publish=False)
+            if container.container is not None:
+                if container.id == self._main_id:
+                    await self._delete_sandbox()
+                elif self._sandbox is not None:
+                    await container.container.delete()
+                await katautils_create.post_stop_hooks(container.container)
+            for each in container.tasks():
+                await self._close_io(each)
+            del self._containers[container.id]
+            self._publisher.publish(
+                events_pb2.TaskDelete(
+                    container_id=container.id,
+                    pid=self._pid,
+                    exit_status=task.exit_status,
+                    exited_at=task.exited_at,
+                )
+            )
+
+    async def _close_io(self, task: Task) -> None:
+        if task.io is not None:
+            await task.io.drain(DRAIN_IDLE_S)
+            await task.io.close()
+
+    async def kill(self, container_id: str, exec_id: str, signal: int, *, all_processes: bool) -> None:
+        container, task = self.container(container_id), self.task(container_id, exec_id)
+        if task.status == STOPPED or task.is_ending:
+            raise NotFoundError(f"process {task.id}: process already finished")
+        if task.status == CREATED:
+            await self._kill_created(container, task, signal)
+        elif task.exec_id:
+            assert task.process is not None
+            await task.process.signal(signal)
+        else:
+            assert container.container is not None
+            try:
+                await container.container.kill(signal, all_processes=all_processes)
+            except FailedPreconditionError as error:
+                # It has stopped, and its watcher is about to say so.
+                raise NotFoundError(f"process {task.id}: process already finished") from error
+
+    async def _kill_created(self, container: TaskContainer, task: Task, signal: int) -> None:
+        if task.exec_id:
+            task.require(RUNNING)
+        if signal not in (SIGKILL, SIGTERM):
+            raise FailedPreconditionError(f"container {container.id} is created, expected running")
+        if container.container is not None:
+            await container.container.stop(force=True)
+        await self._finish(self._end(container, task, 128 + signal))
+
+    async def pause(self, container_id: str) -> None:
+        await self._finish(self._pause(self.container(container_id)))
+
+    async def _pause(self, container: TaskContainer) -> None:
+        async with container.lock:
+            container.init.require(RUNNING)
+            assert container.container is not None
+            container.init.status = PAUSING
+            try:
+                await container.container.pause()
+            except BaseException:
+                container.init.status = RUNNING
+                raise
+            container.init.status = PAUSED
+            self._publisher.publish(events_pb2.TaskPaused(container_id=container.id))
+
+    async def resume(self, container_id: str) -> None:
+        await self._finish(self._resume(self.container(container_id)))
+
+    async def _resume(self, container: TaskContainer) -> None:
+        async with container.lock:
+            container.init.require(PAUSED)
+            assert container.container is not None
+            await container.container.resume()
+            container.init.status = RUNNING
+            self._publisher.publish(events_pb2.TaskResumed(container_id=container.id))
+
+    async def resize(self, container_id: str, exec_id: str, width: int, height: int) -> None:
+        task = self.task(container_id, exec_id)
+        if task.status == CREATED:
+            task.size = (width, height)
+            return
+        task.require(RUNNING, PAUSED)
+        assert task.process is not None
+        await task.process.resize(width, height)
+
+    async def wait(self, container_id: str, exec_id: str) -> Task:
+        """The process, once it has exited."""
+        task = self.task(container_id, exec_id)
+        await task.has_exited.wait()
+        return task
+
+    def running(self, container_id: str) -> Container:
+        """The container, which is not stopped. Raises FailedPreconditionError."""
+        container = self.container(container_id)
+        container.init.require(CREATED, RUNNING, PAUSED, PAUSING)
+        if container.container is None:
+            raise FailedPreconditionError(f"container {container_id}: {container.no_command}")
+        return container.container
+
+    async def close(self) -> None:
+        """End whatever there is: the shim was told to end."""
+        await self._delete_sandbox()
+
+    async def _watch_machine(self, sandbox: Sandbox) -> None:
+        try:
+            reason = await sandbox.monitor()
+        except KataError as error:
+            reason = str(error)
+        log.error("every container of the pod ends: %s", reason, extra={"sandbox": sandbox.id})
+        self._spawn(self._end_all())
+
+    async def _end_all(self) -> None:
+        containers = self._containers.values()
+        await asyncio.gather(*(self._end(container, container.init, KILLED) for container in containers))
+        self._begin_teardown()
+
+    async def _watch_oom(self, sandbox: Sandbox) -> None:
+        while True:
+            try:
+                container_id = await sandbox.wait_oom()
+            except UnavailableError:
+                return
+            except KataError as error:
+                log.warning("no news of the guest's memory: %s", error, extra={"sandbox": sandbox.id})
+                await asyncio.sleep(1)
+                continue
+            log.warning("out of memory", extra={"sandbox": sandbox.id, "container": container_id})
+            self._publisher.publish(events_pb2.TaskOOM(container_id=container_id))
+
+    def _begin_teardown(self) -> None:
+        """End the machine; what is on the host stays for `delete`."""
+        if self._sandbox is None or self._teardown is not None:
+            return
+        for watcher in self._watchers:
+            watcher.cancel()
+        self._teardown = self._spawn(self._stop(self._sandbox))
+
+    async def _stop(self, sandbox: Sandbox) -> None:
+        try:
+            await sandbox.stop()
+        except KataError as error:
+            log.error("the machine did not end: %s", error, extra={"sandbox": sandbox.id})
+
+    async def _delete_sandbox(self) -> None:
+        self._begin_teardown()
+        if self._teardown is not None:
+            await self._teardown
+        if self._sandbox is not None:
+            await self._sandbox.delete()
+            self._sandbox = None
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """To its end, whatever becomes of the caller: containerd may go and come back meanwhile."""
+        return await asyncio.shield(self._spawn(work))
