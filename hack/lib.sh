@@ -170,7 +170,7 @@ make_venv() {
     local version
     version=$(/usr/bin/python3 -c 'import sys; print(sys.version_info[:2])')
     # After an upgrade of the distribution the packages belong to an interpreter that is gone.
-    if [ "$("$1/bin/python" -c 'import sys; print(sys.version_info[:2])')" != "$version" ]; then
+    if [ "$("$1/bin/python" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null)" != "$version" ]; then
         rm -rf "$1"
         /usr/bin/python3 -m venv "$1"
     fi
