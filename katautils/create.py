@@ -1,0 +1,120 @@
+"""From an OCI bundle to a sandbox and its containers, after Kata's katautils/create.go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import virtcontainers.sandbox
+from katautils import log as katautils_log
+from katautils import oci
+from katautils.config import load_configuration
+from katautils.factory import handle_factory
+from katautils.hooks import HookError, run_hooks
+from virtcontainers.config import ContainerConfig, ContainerType, Mount, OCISpec
+from virtcontainers.container import Container
+from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError
+from virtcontainers.sandbox import Sandbox
+
+log = logging.getLogger(__name__)
+
+
+async def create_sandbox(
+    bundle: Path,
+    container_id: str,
+    rootfs: Sequence[Mount],
+    runtime_config_path: Path | None,
+    *,
+    terminal: bool,
+) -> Sandbox:
+    """Make the pod of a bundle: machine, sandbox, and its first container, not started.
+
+    `runtime_config_path` is containerd's ConfigPath; None: KATA_CONF_FILE, then the usual places. `terminal`
+    is what containerd was asked for. Raises KataError's classes, and then nothing of the pod is left.
+    """
+    spec = oci.load_spec(bundle)
+    sandbox_id = oci.sandbox_id(spec, container_id)
+    if sandbox_id != container_id:
+        raise FailedPreconditionError(
+            f"container {container_id} belongs to sandbox {sandbox_id}, which has not been created"
+        )
+    config = load_configuration(runtime_config_path, spec.get("annotations"))
+    if config.enable_debug:
+        katautils_log.set_debug(True)
+    for warning in config.warnings:
+        log.warning("%s", warning, extra={"sandbox": sandbox_id})
+    _check_terminal(spec, container_id, terminal)
+    sandbox_config = oci.sandbox_config(spec, config, bundle, container_id, rootfs)
+    factory = await handle_factory(config)
+
+    async def prestart(sandbox: Sandbox) -> None:
+        await _create_hooks(sandbox_config.container, sandbox.hypervisor_pid)
+
+    try:
+        return await virtcontainers.sandbox.create_sandbox(sandbox_config, factory, prestart=prestart)
+    except HookError:
+        await _post_stop_hooks(sandbox_config.container)
+        raise
+
+
+async def create_container(
+    sandbox: Sandbox, bundle: Path, container_id: str, rootfs: Sequence[Mount], *, terminal: bool
+) -> Container:
+    """Make one more container of a pod, not started.
+
+    Raises KataError's classes, and then nothing of the container is left.
+    """
+    spec = oci.load_spec(bundle)
+    if oci.container_type(spec) is not ContainerType.POD_CONTAINER:
+        raise InvalidArgumentError(
+            f"container {container_id}: found a sandbox of its own, expected a container of {sandbox.id}"
+        )
+    if (wanted := oci.sandbox_id(spec, container_id)) != sandbox.id:
+        raise InvalidArgumentError(f"container {container_id}: found sandbox {wanted}, expected {sandbox.id}")
+    _check_terminal(spec, container_id, terminal)
+    config = oci.container_config(spec, bundle, container_id, rootfs)
+    container = await sandbox.create_container(config)
+    try:
+        await _create_hooks(config, sandbox.hypervisor_pid)
+    except BaseException as error:
+        await asyncio.shield(container.delete())
+        if isinstance(error, HookError):
+            await _post_stop_hooks(config)
+        raise
+    return container
+
+
+async def start_container(container: Container) -> None:
+    """Start it and run its poststart hooks, whose failures are warnings. Raises as `Container.start`."""
+    await container.start()
+    config = container.config
+    pid = container.sandbox.hypervisor_pid
+    await run_hooks("poststart", config.spec, container_id=config.id, bundle=config.bundle, pid=pid)
+
+
+async def post_stop_hooks(container: Container) -> None:
+    """For a container that has been deleted. Raises nothing: failures are warnings."""
+    await _post_stop_hooks(container.config)
+
+
+async def _create_hooks(config: ContainerConfig, pid: int) -> None:
+    for stage in ("prestart", "createRuntime"):
+        await run_hooks(stage, config.spec, container_id=config.id, bundle=config.bundle, pid=pid)
+
+
+async def _post_stop_hooks(config: ContainerConfig) -> None:
+    # They run as well when a hook of the creation has failed: runtime-spec, runtime.md#lifecycle.
+    await run_hooks("poststop", config.spec, container_id=config.id, bundle=config.bundle, pid=0)
+
+
+def _check_terminal(spec: OCISpec, container_id: str, terminal: bool) -> None:
+    found = bool(spec["process"].get("terminal"))
+    if found is not terminal:
+        log.warning(
+            "process.terminal is %s in the spec and %s in the request: the spec's counts",
+            str(found).lower(),
+            str(terminal).lower(),
+            extra={"container": container_id},
+        )
