@@ -72,11 +72,11 @@ class Reaper:
             self._exits[pid] = future
         return future
 
-    def spawn(self, argv: list[str], fds: Sequence[int]) -> asyncio.Future[int]:
-        """Start `argv` with `fds` as its 0, 1, 2; all its signals are as a fresh process has them."""
+    def spawn(self, path: str, argv: list[str], fds: Sequence[int]) -> asyncio.Future[int]:
+        """Start a program with `fds` as its 0, 1, 2; all its signals are as a fresh process has them."""
         # vfork, not fork: no copy of our page tables.
         pid = os.posix_spawn(
-            argv[0],
+            path,
             argv,
             os.environ,
             file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(fds)],

@@ -61,7 +61,7 @@ class DriverLoader:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         while True:
             modalias = await self._wanted.get()
-            status = await self._reaper.spawn([_MODPROBE, "-q", modalias], (null, null, null))
+            status = await self._reaper.spawn(_MODPROBE, ["modprobe", "-q", modalias], (null, null, null))
             if status:
                 log.debug("no module for %s", modalias)
 

@@ -129,7 +129,7 @@ def test_the_reaper_tells_statuses_apart_and_forgets_orphans() -> None:
         null = os.open(os.devnull, os.O_RDWR)
 
         async def run(script: str) -> int:
-            return await reaper.spawn(["/bin/sh", "-c", script], [null, null, null])
+            return await reaper.spawn("/bin/sh", ["sh", "-c", script], [null, null, null])
 
         assert await asyncio.gather(*(run(f"exit {n}") for n in range(8))) == list(range(8))
         assert await run("kill -KILL $$") == 128 + signal.SIGKILL
@@ -155,7 +155,7 @@ def test_a_spawned_process_has_every_signal_as_a_fresh_one_has() -> None:
         reading, writing = os.pipe()
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            await reaper.spawn(["/bin/grep", "SigIgn", "/proc/self/status"], [null, writing, null])
+            await reaper.spawn("/bin/grep", ["grep", "SigIgn", "/proc/self/status"], [null, writing, null])
         finally:
             signal.signal(signal.SIGINT, before)
         ignored = int(os.read(reading, 1000).split()[1], 16)
