@@ -198,6 +198,7 @@ class SandboxConfig:
 
     id: str
     hostname: str
+    """Empty: the sandbox's id, so that no two machines have the same."""
     hypervisor: HypervisorConfig
     agent: AgentConfig
     factory: FactoryConfig

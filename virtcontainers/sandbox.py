@@ -109,7 +109,7 @@ class Sandbox:
             self.agent.get_guest_details(),
             self.agent.create_sandbox(
                 self.id,
-                hostname=config.hostname,
+                hostname=config.hostname or self.id,
                 dns=list(config.network.dns) or _dns(container),
                 sandbox_pidns=config.sandbox_pidns,
                 shm_size_bytes=config.shm_size_bytes,
