@@ -36,7 +36,8 @@ def guest_spec(
     for key in ("process", "root"):
         if not spec.get(key):
             raise ValueError(f"the spec has no {key}")
-    guest = {**spec, "ociVersion": spec.get("ociVersion") or "1.0.0"}
+    # crun 1.8 (Debian 12) refuses the number of a newer version, not what that version added.
+    guest = {**spec, "ociVersion": "1.0.2"}
     # The guest's kernel has neither AppArmor profiles nor an SELinux policy of the host's.
     guest["process"] = {
         k: v for k, v in spec["process"].items() if k not in ("apparmorProfile", "selinuxLabel")
