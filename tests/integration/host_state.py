@@ -45,8 +45,10 @@ class HostState:
         lines = []
         for name in (field.name for field in fields(self)):
             was, now = getattr(earlier, name), getattr(self, name)
-            lines += [f"  {name.replace('_', ' ')}: left behind: {item}" for item in sorted(now - was)]
-            lines += [f"  {name.replace('_', ' ')}: gone: {item}" for item in sorted(was - now)]
+            for what, items in (("left behind", now - was), ("gone", was - now)):
+                # A directory stands for all in it.
+                top = [item for item in sorted(items) if item.rpartition("/")[0] not in items]
+                lines += [f"  {name.replace('_', ' ')}: {what}: {item}" for item in top]
         return "\n".join(lines)
 
 
@@ -121,5 +123,9 @@ def _unix_sockets() -> list[str]:
 
 
 def _below(root: str) -> list[str]:
-    walk = os.walk(root)
-    return [f"{directory}/{name}" for directory, names, files in walk for name in names + files]
+    found = []
+    for directory, names, files in os.walk(root):
+        found += [f"{directory}/{name}" for name in names + files]
+        # What is in a mount belongs to the mount, which is counted itself.
+        names[:] = [name for name in names if not os.path.ismount(f"{directory}/{name}")]
+    return found
