@@ -154,6 +154,9 @@ class Sandbox:
         self._oom.remove(container_id)
         self._storages.release(self._container_mounts.pop(container_id, []))
         container.remove_files()
+        if self._shared_pid_namespace == f"/proc/{container.init.pid}/ns/pid":
+            # It ended with its first process, whose pid may come to mean another.
+            self._shared_pid_namespace = None
         self.containers.pop(container_id, None)
 
     def _pid_namespace(self) -> str | None:
