@@ -10,9 +10,7 @@ import os
 import signal
 import socket
 import stat
-import sys
 from pathlib import Path
-from typing import TextIO, cast
 
 from katautils import log as katautils_log
 from shim.events import Publisher, forwarder
@@ -23,7 +21,6 @@ from ttrpc import Server
 
 log = logging.getLogger(__name__)
 
-_PIPE_BUF = 4096
 _GRACE_S = 1.0
 _EVENTS_S = 5.0
 
@@ -41,7 +38,7 @@ def serve(flags: Flags, bundle: str, listener_fd: int, path: str) -> int:
     adjust_oom_score()
     if os.environ.get("SCHED_CORE"):
         share_core()
-    katautils_log.setup(cast(TextIO, open_log(bundle)), debug=flags.debug, sandbox=flags.id)
+    katautils_log.setup(open_log(bundle), debug=flags.debug, sandbox=flags.id)
     # The bundle belongs to one container, we to all of them.
     os.chdir("/")
     # What is imported stays: the collector need not look at it again.
@@ -105,42 +102,16 @@ def share_core() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SCHED_CORE)")
 
 
-class LogPipe:
-    """containerd's fifo for our log. Writing never waits: without a reader who keeps up, lines are lost.
+def open_log(bundle: str) -> int:
+    """containerd's fifo for our log, which is stderr too from now on; without one, stderr as it is.
 
-    We hold both ends: a containerd that restarts finds the fifo, and what is in it, as it was.
+    Writing never waits. We hold both ends: a containerd that restarts finds what is in it as it was.
     """
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._lost = 0
-
-    def write(self, text: str) -> int:
-        data = text.encode(errors="replace")
-        if self._lost:
-            data = f'level=warning msg="{self._lost} log records were lost"\n'.encode() + data
-        # The kernel takes up to PIPE_BUF whole or not at all.
-        for start in range(0, len(data), _PIPE_BUF):
-            try:
-                os.write(self._fd, data[start : start + _PIPE_BUF])
-            except BlockingIOError:
-                self._lost += 1
-                return len(text)
-        self._lost = 0
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-
-def open_log(bundle: str) -> LogPipe | TextIO:
-    """stderr, which goes where containerd reads the shim's log, when it does."""
     try:
         fd = os.open(f"{bundle}/log", os.O_RDWR | os.O_NONBLOCK)
     except FileNotFoundError:
-        return sys.stderr
-    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
-        os.close(fd)
-        return sys.stderr
-    os.dup2(fd, 2)
-    return LogPipe(fd)
+        return 2
+    if stat.S_ISFIFO(os.fstat(fd).st_mode):
+        os.dup2(fd, 2)
+    os.close(fd)
+    return 2

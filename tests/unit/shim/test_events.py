@@ -22,12 +22,15 @@ class Containerd:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.taken: list[Envelope] = []
+        self.took = asyncio.Condition()
         self.refuse = ""
 
     async def forward(self, request: ForwardRequest, context: Context) -> Empty:
         if request.envelope.topic == self.refuse:
             raise StatusError(Code.INVALID_ARGUMENT, "not this one")
-        self.taken.append(request.envelope)
+        async with self.took:
+            self.taken.append(request.envelope)
+            self.took.notify_all()
         return Empty()
 
     async def start(self) -> None:
@@ -44,9 +47,8 @@ class Containerd:
         await self._serving
 
     async def has(self, count: int) -> None:
-        async with asyncio.timeout(TIMEOUT_S):
-            while len(self.taken) < count:
-                await asyncio.sleep(0.01)
+        async with asyncio.timeout(TIMEOUT_S), self.took:
+            await self.took.wait_for(lambda: len(self.taken) >= count)
 
 
 def run(tmp_path: Path, body: Callable[[Containerd, Publisher], Awaitable[None]]) -> None:
