@@ -16,7 +16,7 @@ from shim.protocols.cgroups_v2_pb2 import (
     PidsStat,
 )
 
-_MEMORY_FIELDS = MemoryStat.DESCRIPTOR.fields_by_name.keys() - {"psi"}
+_MEMORY_FIELDS = {field.name for field in MemoryStat.DESCRIPTOR.fields} - {"psi"}
 
 
 def metrics(response: StatsContainerResponse) -> Metrics:
