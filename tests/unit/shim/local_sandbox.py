@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,16 @@ from virtcontainers.errors import (
     NotFoundError,
     UnavailableError,
 )
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """For what happens in another process or thread. The caller has a timeout."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+def open_fds() -> set[int]:
+    return {int(entry.name) for entry in Path("/proc/self/fd").iterdir()}
 
 
 class LocalProcess:
@@ -78,7 +88,10 @@ class LocalProcess:
         os.killpg(self.process.pid, number)
 
     async def wait(self) -> int:
-        status = await self.process.wait()
+        # Not asyncio's own wait, which is for the end of the pipes too.
+        await until(lambda: self.process.returncode is not None)
+        status = self.process.returncode
+        assert status is not None
         if self.sandbox.is_dead:
             raise UnavailableError("the machine is gone")
         return status if status >= 0 else 128 - status
@@ -177,6 +190,9 @@ class LocalKata:
         self.config_path: Path | None = None
         self.refuse: Exception | None = None
         self.post_stopped: list[str] = []
+        self.starting = asyncio.Event()
+        self.may_start = asyncio.Event()
+        self.may_start.set()
 
     async def create_sandbox(
         self,
@@ -212,6 +228,8 @@ class LocalKata:
             raise self.refuse
 
     async def start_container(self, container: LocalContainer) -> None:
+        self.starting.set()
+        await self.may_start.wait()
         await container.start()
 
     async def post_stop_hooks(self, container: LocalContainer) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.shim.local_sandbox import LocalProcess, LocalSandbox
 
 import shim.stdio
 from shim.stdio import ProcessIO, Stdio
+from tests.unit.shim.local_sandbox import LocalProcess, LocalSandbox, open_fds, until
 from virtcontainers.errors import InvalidArgumentError, KataError, NotFoundError
 
 TIMEOUT_S = 30
@@ -105,8 +105,7 @@ def test_a_client_that_goes_is_not_the_end_of_stdin(tmp_path: Path) -> None:
         io.start(process)
         for line in (b"first\n", b"second\n"):
             await asyncio.to_thread(client.paths["stdin"].write_bytes, line)
-        while client.received["stdout"] != b"first\nsecond\n":
-            await asyncio.sleep(0.01)
+        await until(lambda: client.received["stdout"] == b"first\nsecond\n")
         assert process.process.returncode is None
         io.release_stdin()
         assert await process.wait() == 0
@@ -136,8 +135,7 @@ def test_a_slow_reader_holds_up_its_own_stream_only(tmp_path: Path) -> None:
         io = await ProcessIO.open(client.stdio, "default", "p")
         process = await spawn("sh", "-c", "head -c 1000000 /dev/zero & echo free >&2; wait")
         io.start(process)
-        while client.received["stderr"] != b"free\n":
-            await asyncio.sleep(0.01)
+        await until(lambda: client.received["stderr"] == b"free\n")
         await asyncio.sleep(0.2)
         assert process.process.returncode is None, "who holds megabytes that nobody reads?"
         os.set_blocking(reader, True)
@@ -284,7 +282,7 @@ def test_a_logging_binary_gets_everything(tmp_path: Path, scheme: str, ready: st
         assert (tmp_path / "stderr").read_text() == "err\n"
         assert (tmp_path / "environment").read_text() == "default c1 one 1 flag \n"
         # 5 is the directory that ls reads; whoever runs the tests may leave us some of theirs.
-        foreign = {fd for fd in map(int, os.listdir("/proc/self/fd")) if inheritable(fd)}
+        foreign = {fd for fd in open_fds() if inheritable(fd)}
         assert {int(fd) for fd in (tmp_path / "fds").read_text().split()} - foreign <= {0, 1, 2, 3, 4, 5}
 
     run(body)
@@ -308,12 +306,12 @@ def test_a_logging_binary_that_is_never_ready_is_an_error(
     monkeypatch.setattr(shim.stdio, "LOGGER_READY_S", 0.2)
 
     async def body() -> None:
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_fds()
         for scheme, ready in (("binary", "sleep 1000"), ("binary-v2", "exit 0")):
             uri = f"{scheme}://{logger(tmp_path, ready)}"
             with pytest.raises(KataError, match="logger"):
                 await ProcessIO.open(Stdio("", uri, uri, False), "default", "c1")
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert open_fds() == before
 
     run(body)
 
@@ -329,9 +327,9 @@ def test_a_logging_binary_that_is_never_ready_is_an_error(
 )
 def test_what_cannot_be_opened_is_named(stdio: Stdio, kind: type[KataError], named: str) -> None:
     async def body() -> None:
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_fds()
         with pytest.raises(kind, match=named):
             await ProcessIO.open(stdio, "default", "c1")
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert open_fds() == before
 
     run(body)
