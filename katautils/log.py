@@ -75,13 +75,10 @@ class FdHandler(logging.Handler):
 
 
 def setup(fd: int, *, debug: bool = False, sandbox: str = "") -> None:
-    """Send every logger's records to `fd`: from info on, with `debug` all. Replaces an earlier setup."""
+    """Send every logger's records to `fd` and nowhere else: from info on, with `debug` all."""
     handler = FdHandler(fd)
     handler.setFormatter(LogfmtFormatter(sandbox))
-    root = logging.getLogger()
-    for old in [h for h in root.handlers if isinstance(h, FdHandler)]:
-        root.removeHandler(old)
-    root.addHandler(handler)
+    logging.getLogger().handlers[:] = [handler]
     set_debug(debug)
 
 

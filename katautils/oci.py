@@ -55,6 +55,7 @@ DEFAULT_SHM_SIZE = 64 << 20
 _STRINGS = [str]
 _IDS = [{"containerID!": int, "hostID!": int, "size!": int}]
 _HOOKS = [{"path!": str, "args": _STRINGS, "env": _STRINGS, "timeout": int}]
+_HOOK_STAGES = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
 _RATES = [{"major!": int, "minor!": int, "rate!": int}]
 _RESOURCES = {
     "devices": [{"allow!": bool, "type": str, "major": int, "minor": int, "access": str}],
@@ -104,7 +105,7 @@ _SPEC = {
             "uidMappings": _IDS, "gidMappings": _IDS,
         }
     ],
-    "hooks": (_HOOKS,),
+    "hooks": dict.fromkeys(_HOOK_STAGES, _HOOKS),
     "annotations": (str,),
     "linux!": {
         "uidMappings": _IDS,
@@ -309,12 +310,14 @@ def _with_workload(config: RuntimeConfig, cpus: float, memory_mib: int) -> Hyper
     import math
     from dataclasses import replace
 
-    vcpus = max(math.ceil(config.hypervisor.default_vcpus + cpus), 1)
+    vcpus = math.ceil(config.hypervisor.default_vcpus + cpus)
+    memory_mib += config.hypervisor.default_memory_mib
     return replace(
         config.hypervisor,
         default_vcpus=vcpus,
         default_maxvcpus=vcpus,
-        default_memory_mib=config.hypervisor.default_memory_mib + memory_mib,
+        default_memory_mib=memory_mib,
+        default_maxmemory_mib=max(memory_mib, config.hypervisor.default_maxmemory_mib),
     )
 
 
@@ -405,8 +408,8 @@ def _check_values(path: Path, spec: OCISpec) -> None:
     for i, device in enumerate(spec["linux"].get("devices", [])):
         where = f"linux.devices[{i}].type"
         require(device["type"] in ("c", "b", "u", "p"), where, device["type"], '"c", "b", "u" or "p"')
-    for stage, hooks in spec.get("hooks", {}).items():
-        for i, hook in enumerate(hooks):
+    for stage in _HOOK_STAGES:
+        for i, hook in enumerate(spec.get("hooks", {}).get(stage, [])):
             where = f"hooks.{stage}[{i}]"
             require(hook["path"].startswith("/"), f"{where}.path", hook["path"], "an absolute path")
             timeout = hook.get("timeout", 1)

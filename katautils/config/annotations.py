@@ -83,7 +83,7 @@ def apply_annotations(parsed: ParsedConfig, annotations: Mapping[str, str]) -> s
         elif key_name in ("hot_plug_vfio", "cold_plug_vfio"):
             settings.pop("cold_plug_vfio" if key_name == "hot_plug_vfio" else "hot_plug_vfio", None)
         settings[key_name] = Setting(value, f"annotation {name}")
-        if not key.field and value and value not in key.idle:
+        if not key.is_implemented and not key.is_idle(value):
             ignored.append(f"{name} is not implemented")
     _check_hashes(ours)
     return f"annotations without effect: {', '.join(ignored)}" if ignored else ""

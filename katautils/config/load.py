@@ -98,6 +98,8 @@ def _resolve(parsed: ParsedConfig, warnings: list[str]) -> RuntimeConfig:
     factory = _Fields("factory", tables["factory"])
     runtime = _Fields("runtime", tables["runtime"])
     agent.convert("transport", AgentTransport)
+    for field in ("dial_timeout_s", "launch_process_timeout_s"):
+        agent.convert(field, float)
     agent.values.pop("create_container_timeout", None)
     for key in ("template_path", "vm_cache_endpoint"):
         factory.convert(key, Path)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 Value = Any
-"""bool, int, float, str, or a tuple of str."""
+"""bool, int, float, str, or a tuple of str; of tables what TOML has."""
 
 UINT32_MAX = (1 << 32) - 1
 UINT64_MAX = (1 << 64) - 1
@@ -89,8 +89,16 @@ def _accept_paths(value: Any) -> tuple[str, ...]:
     return tuple(map(_accept_path, _accept_strings(value)))
 
 
-def _accept_any(value: Any) -> Any:
+def _accept_table(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError
     return value
+
+
+def _accept_tables(value: Any) -> Any:
+    if not isinstance(value, list):
+        raise ValueError
+    return [_accept_table(item) for item in value]
 
 
 def integer(lowest: int, highest: int) -> Kind:
@@ -139,7 +147,8 @@ INT64 = integer(-INT64_MAX - 1, INT64_MAX)
 NUMBER = Kind("a number", _accept_number, float)
 SECTOR_SIZE = Kind("0 or a power of two from 512 to 65536", _accept_sector_size, _text_int)
 VFIO_PORT = one_of("no-port", "bridge-port", "root-port", "switch-port")
-TABLES = Kind("a list of tables", _accept_any, _text)
+TABLE = Kind("a table", _accept_table, _text)
+TABLES = Kind("a list of tables", _accept_tables, _text)
 MODULES = Kind("a list of strings", _accept_strings, lambda text: text.split(";"))
 WORDS = Kind("a list of strings", _accept_strings, str.split)
 
@@ -151,7 +160,7 @@ BLOCK_DEVICE_DRIVER = one_of(
 
 
 class Key(NamedTuple):
-    """One key. One without a `field` is known and not implemented."""
+    """One key. One without a `field` is known and not implemented; nor is one that is `inert`."""
 
     kind: Kind
     field: str = ""
@@ -166,6 +175,15 @@ class Key(NamedTuple):
     key belongs to the host's administrator alone."""
     allowed_by: str = ""
     """The key with the glob(3) patterns for a path that comes by annotation."""
+    inert: bool = False
+    """Its field is there, and the library does not do anything with it yet."""
+
+    @property
+    def is_implemented(self) -> bool:
+        return bool(self.field) and not self.inert
+
+    def is_idle(self, value: Value) -> bool:
+        return not value or value in self.idle
 
 
 Table = dict[str, Key]
@@ -201,7 +219,7 @@ HYPERVISOR: Table = {
     "memory_offset": Key(UINT64, "memory_offset_mib"),
     "enable_mem_prealloc": Key(BOOL, "enable_mem_prealloc"),
     "enable_hugepages": Key(BOOL, "enable_hugepages"),
-    "enable_virtio_mem": Key(BOOL, "enable_virtio_mem"),
+    "enable_virtio_mem": Key(BOOL, "enable_virtio_mem", inert=True),
     "shared_fs": Key(one_of("virtio-fs", "virtio-9p", "none"), "shared_fs"),
     "virtio_fs_daemon": Key(PATH, "virtio_fs_daemon", allowed_by="valid_virtio_fs_daemon_paths"),
     "valid_virtio_fs_daemon_paths": Key(PATHS, "valid_virtio_fs_daemon_paths"),
@@ -211,9 +229,11 @@ HYPERVISOR: Table = {
     "virtio_fs_extra_args": Key(STRINGS, "virtio_fs_extra_args"),
     "virtio_fs_is_dax": Key(BOOL),
     "msize_9p": Key(UINT32, "msize_9p"),
-    "block_device_driver": Key(BLOCK_DEVICE_DRIVER, "block_device_driver"),
-    "block_device_aio": Key(one_of("threads", "native", "io_uring"), "block_device_aio"),
-    "disable_block_device_use": Key(BOOL, "disable_block_device_use"),
+    "block_device_driver": Key(BLOCK_DEVICE_DRIVER, "block_device_driver", idle=("virtio-scsi",), inert=True),
+    "block_device_aio": Key(
+        one_of("threads", "native", "io_uring"), "block_device_aio", idle=("io_uring",), inert=True
+    ),
+    "disable_block_device_use": Key(BOOL, "disable_block_device_use", idle=(True,), inert=True),
     "block_device_cache_set": Key(BOOL),
     "block_device_cache_direct": Key(BOOL, part_of="block_device_cache_set"),
     "block_device_cache_noflush": Key(BOOL, part_of="block_device_cache_set"),
@@ -221,7 +241,7 @@ HYPERVISOR: Table = {
     "block_device_physical_sector_size": Key(SECTOR_SIZE, annotation="blk_physical_sector_size"),
     "queue_size": Key(UINT32, idle=(128,), annotation="block_device_queue_size"),
     "num_queues": Key(UINT32, idle=(1,), annotation="block_device_num_queues"),
-    "enable_iothreads": Key(BOOL, "enable_iothreads"),
+    "enable_iothreads": Key(BOOL, "enable_iothreads", inert=True),
     "indep_iothreads": Key(UINT32),
     "vm_rootfs_driver": Key(STRING, part_of="image"),
     "disable_image_nvdimm": Key(BOOL, part_of="image"),
@@ -241,7 +261,7 @@ HYPERVISOR: Table = {
     "overhead_vcpus": Key(NUMBER),
     "overhead_memory": Key(UINT32),
     "disable_nested_virtualization": Key(BOOL),
-    "disable_vhost_net": Key(BOOL, "disable_vhost_net"),
+    "disable_vhost_net": Key(BOOL, "disable_vhost_net", idle=(True,), inert=True),
     "network_queues": Key(UINT32, idle=(1,)),
     "rx_rate_limiter_max_rate": Key(UINT64),
     "tx_rate_limiter_max_rate": Key(UINT64),
@@ -258,12 +278,12 @@ HYPERVISOR: Table = {
     "seccompsandbox": Key(STRING, "seccompsandbox"),
     "seccomp_sandbox": Key(STRING, "seccompsandbox"),  # runtime-rs
     "disable_seccomp": Key(BOOL),
-    "default_bridges": Key(UINT32, "default_bridges"),
+    "default_bridges": Key(UINT32, "default_bridges", idle=(1,), inert=True),
     "hot_plug_vfio": Key(VFIO_PORT, idle=("no-port",)),
     "cold_plug_vfio": Key(VFIO_PORT, idle=("no-port",)),
     "hotplug_vfio_on_root_bus": Key(BOOL),
     "pcie_root_port": Key(UINT32, "pcie_root_port"),
-    "pcie_switch_port": Key(UINT32, "pcie_switch_port"),
+    "pcie_switch_port": Key(UINT32, "pcie_switch_port", inert=True),
     "enable_iommu": Key(BOOL),
     "enable_iommu_platform": Key(BOOL),
     "enable_vhost_user_store": Key(BOOL),
@@ -273,9 +293,9 @@ HYPERVISOR: Table = {
     "valid_vhost_user_store_paths": Key(PATHS, part_of="enable_vhost_user_store"),
     "vhost_user_store_path_list": Key(PATHS, part_of="enable_vhost_user_store"),
     "vhost_user_reconnect_timeout_sec": Key(UINT32, part_of="enable_vhost_user_store"),
-    "use_legacy_serial": Key(BOOL, "use_legacy_serial"),
+    "use_legacy_serial": Key(BOOL, "use_legacy_serial", idle=(True,), inert=True),
     "guest_hook_path": Key(STRING, "guest_hook_path"),
-    "guest_memory_dump_path": Key(PATH, "guest_memory_dump_path"),
+    "guest_memory_dump_path": Key(PATH, "guest_memory_dump_path", inert=True),
     "guest_memory_dump_paging": Key(BOOL, part_of="guest_memory_dump_path"),
     "enable_debug": Key(BOOL, "enable_debug"),
     "log_level": Key(STRING, part_of="enable_debug"),
@@ -285,10 +305,11 @@ HYPERVISOR: Table = {
     # The checks that these would turn off are not made here.
     "disable_nesting_checks": Key(BOOL, idle=(True,)),
     "disable_guest_selinux": Key(BOOL, idle=(True,)),
-    "disable_selinux": Key(BOOL, "disable_selinux"),
+    # We label nothing.
+    "disable_selinux": Key(BOOL, "disable_selinux", idle=(True,), inert=True),
     "selinux_label": Key(STRING),
     "rootless": Key(BOOL),
-    "rootless_user": Key(TABLES, part_of="rootless"),
+    "rootless_user": Key(TABLE, part_of="rootless"),
     "confidential_guest": Key(BOOL),
     "sev_snp_guest": Key(BOOL),
     "snp_certs_path": Key(STRING, part_of="confidential_guest"),
@@ -340,7 +361,7 @@ AGENT: Table = {
     "debug_console_enabled": Key(BOOL, "debug_console_enabled"),
     "dial_timeout": Key(UINT32, "dial_timeout_s"),
     "launch_process_timeout": Key(UINT32, "launch_process_timeout_s"),
-    "policy": Key(STRING, "policy"),
+    "policy": Key(STRING, "policy", inert=True),
     "transport": Key(one_of("auto", "vsock", "hvsock", "serial"), "transport"),  # ours
     "create_container_timeout": Key(UINT32, "create_container_timeout"),  # runtime-rs; [runtime]'s in Go
     # runtime-rs's budget of 3 s is for a machine that KVM runs; `dial_timeout` is the one that counts here.
@@ -384,24 +405,34 @@ MEM_AGENT: Table = {
 }
 
 FACTORY: Table = {
-    "enable_template": Key(BOOL, "enable_template"),
+    "enable_template": Key(BOOL, "enable_template", inert=True),
     "template_path": Key(PATH, "template_path"),
-    "vm_cache_number": Key(UINT32, "vm_cache_number"),
+    "vm_cache_number": Key(UINT32, "vm_cache_number", inert=True),
     "vm_cache_endpoint": Key(PATH, "vm_cache_endpoint"),
 }
 
 RUNTIME: Table = {
     "enable_debug": Key(BOOL, "enable_debug"),
-    "internetworking_model": Key(one_of("default", "tcfilter", "macvtap", "none"), "internetworking_model"),
-    "disable_new_netns": Key(BOOL, "disable_new_netns"),
+    "internetworking_model": Key(
+        one_of("default", "tcfilter", "macvtap", "none"),
+        "internetworking_model",
+        idle=("default", "tcfilter"),
+        inert=True,
+    ),
+    "disable_new_netns": Key(BOOL, "disable_new_netns", inert=True),
     "disable_guest_seccomp": Key(BOOL, "disable_guest_seccomp"),
-    "guest_selinux_label": Key(STRING, "guest_selinux_label"),
-    "enable_vcpus_pinning": Key(BOOL, "enable_vcpus_pinning"),
-    "sandbox_cgroup_only": Key(BOOL, "sandbox_cgroup_only"),
+    "guest_selinux_label": Key(STRING, "guest_selinux_label", inert=True),
+    "enable_vcpus_pinning": Key(BOOL, "enable_vcpus_pinning", inert=True),
+    "sandbox_cgroup_only": Key(BOOL, "sandbox_cgroup_only", inert=True),
     "static_sandbox_resource_mgmt": Key(BOOL, "static_sandbox_resource_mgmt"),
-    "sandbox_bind_mounts": Key(PATHS, "sandbox_bind_mounts"),
-    "disable_guest_empty_dir": Key(BOOL, "disable_guest_empty_dir"),
-    "emptydir_mode": Key(one_of("shared-fs", "block-encrypted", "block-plain"), "emptydir_mode"),
+    "sandbox_bind_mounts": Key(PATHS, "sandbox_bind_mounts", inert=True),
+    "disable_guest_empty_dir": Key(BOOL, "disable_guest_empty_dir", idle=(True,), inert=True),
+    "emptydir_mode": Key(
+        one_of("shared-fs", "block-encrypted", "block-plain"),
+        "emptydir_mode",
+        idle=("shared-fs",),
+        inert=True,
+    ),
     "create_container_timeout": Key(UINT32, "create_container_timeout"),
     "vfio_mode": Key(one_of("vfio", "guest-kernel"), idle=("guest-kernel",)),
     "enable_tracing": Key(BOOL),

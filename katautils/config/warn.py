@@ -50,7 +50,7 @@ def _unimplemented(parsed: ParsedConfig) -> Iterator[tuple[str, str, str]]:
         schema = TABLES_BY_NAME[table]
         for name, setting in settings.items():
             key = schema[name]
-            if key.field or not setting.value or setting.value in key.idle:
+            if key.is_implemented or key.is_idle(setting.value):
                 continue
             if key.part_of and not _is_on(key.part_of, schema, settings):
                 continue
@@ -58,7 +58,7 @@ def _unimplemented(parsed: ParsedConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def _is_on(name: str, schema: Table, settings: dict[str, Setting]) -> bool:
-    return bool(schema[name].field) and name in settings and bool(settings[name].value)
+    return schema[name].is_implemented and name in settings and bool(settings[name].value)
 
 
 def _nearest_key(table: str, key: str) -> str:

@@ -1,0 +1,75 @@
+"""`kata-py`: what a person asks about this host and this installation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from katautils import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0; 1 for a failure; argparse itself exits with 2 for wrong usage."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    if options.command == "version":
+        print(f"kata-py {__version__}")
+        return 0
+
+    from virtcontainers.errors import KataError
+
+    try:
+        if options.command == "check":
+            from katautils.cli.check import check
+
+            return check(options.config)
+        from katautils.cli.env import env
+
+        return env(options.config, as_json=options.json)
+    except KataError as error:
+        print(f"kata-py: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader has seen enough; and the interpreter must not flush into it once more.
+        sys.stdout = None
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kata-py", description="Run each pod of containerd in a QEMU machine of its own."
+    )
+    parser.add_argument("--version", action="version", version=f"kata-py {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    config = argparse.ArgumentParser(add_help=False)
+    config.add_argument(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        help="the configuration.toml to read, instead of KATA_CONF_FILE's or the first of the usual places",
+    )
+    commands.add_parser(
+        "check",
+        parents=[config],
+        help="say whether this host can run kata-py",
+        description="Say whether this host can run kata-py, line by line: ok, warning or failure, with the "
+        "way out. The exit status is 1 when there is a failure.",
+    )
+    env = commands.add_parser(
+        "env",
+        parents=[config],
+        help="print the resolved configuration and versions",
+        description="Print the resolved configuration, and the versions of what takes part.",
+    )
+    env.add_argument("--json", action="store_true", help="as JSON")
+    commands.add_parser("version", help="print the version", description="Print the version of kata-py.")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

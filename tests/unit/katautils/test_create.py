@@ -1,0 +1,100 @@
+"""What is decided before there is a machine; the machines are in tests/integration."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from katautils.config import RuntimeConfig
+from katautils.create import create_container, create_sandbox
+from katautils.factory import handle_factory
+from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from virtcontainers.factory.direct import Direct
+from virtcontainers.sandbox import Sandbox
+
+CRI = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "pod"}
+
+
+def create(bundle: Path, config: Path | None, container_id: str = "kata-py-unit-test") -> None:
+    asyncio.run(create_sandbox(bundle, container_id, [], config, terminal=False))
+
+
+class KnownSandbox:
+    id = "pod"
+
+
+def test_a_container_of_a_pod_needs_its_pod(write_bundle: Callable[..., Path]) -> None:
+    bundle = write_bundle({"annotations": CRI})
+    with pytest.raises(FailedPreconditionError, match="belongs to sandbox pod, which has not been created"):
+        create(bundle, None)
+
+
+def test_only_containers_of_the_pod_join_it(write_bundle: Callable[..., Path]) -> None:
+    pod = cast(Sandbox, KnownSandbox())
+
+    def join(annotations: dict[str, str]) -> None:
+        bundle = write_bundle({"annotations": annotations})
+        asyncio.run(create_container(pod, bundle, "c2", [], terminal=False))
+
+    with pytest.raises(InvalidArgumentError, match="c2: found a sandbox of its own, expected"):
+        join({})
+    with pytest.raises(InvalidArgumentError, match="c2: found sandbox other, expected pod"):
+        join({**CRI, "io.kubernetes.cri.sandbox-id": "other"})
+
+
+def test_what_is_wrong_before_the_machine_is_told(
+    write_bundle: Callable[..., Path], write_config: Callable[..., Path]
+) -> None:
+    bundle = write_bundle({"annotations": {"io.katacontainers.config.hypervisor.kernel": "/evil"}})
+    with pytest.raises(InvalidArgumentError, match=r"hypervisor\.kernel is not enabled"):
+        create(bundle, write_config())
+    with pytest.raises(NotFoundError, match="configuration file /does/not/exist"):
+        create(bundle, Path("/does/not/exist"))
+    with pytest.raises(InvalidArgumentError, match=r"process\.args"):
+        create(write_bundle({"process": {"cwd": "/"}}), write_config())
+
+
+def test_the_warnings_and_the_debug_level_of_the_configuration_reach_the_log(
+    write_bundle: Callable[..., Path], write_config: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    level = logging.getLogger().level
+    config = write_config(hypervisor__qemu={"typo": 1}, runtime={"enable_debug": True})
+    process = {"args": ["sh"], "cwd": "/", "terminal": True}
+    mount = {"destination": "/dev/shm", "type": "bind", "source": "/does/not/exist"}
+    try:
+        with pytest.raises(InvalidArgumentError, match="mount /dev/shm: /does/not/exist"):
+            create(write_bundle({"process": process, "mounts": [mount]}), config)
+        assert logging.getLogger().level == logging.DEBUG
+    finally:
+        logging.getLogger().setLevel(level)
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "[hypervisor.qemu] typo" in warnings[0].getMessage()
+    assert warnings[0].__dict__["sandbox"] == "kata-py-unit-test"
+    assert "process.terminal is true in the spec and false in the request" in warnings[1].getMessage()
+
+
+def test_without_a_factory_machines_are_booted(load: Callable[..., RuntimeConfig]) -> None:
+    assert isinstance(asyncio.run(handle_factory(load())), Direct)
+
+
+def test_a_factory_that_cannot_be_had_is_a_warning(
+    load: Callable[..., RuntimeConfig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    async def new_factory(config: Any, vm: Any, *, fetch_only: bool) -> Direct:
+        asked.append((config.enable_template, fetch_only))
+        if config.enable_template:
+            raise NotFoundError("no template")
+        return Direct()
+
+    monkeypatch.setattr("katautils.factory.new_factory", new_factory)
+    config = load(factory={"enable_template": True})
+    assert isinstance(asyncio.run(handle_factory(config)), Direct)
+    assert asked == [(True, True), (True, False), (False, False)]
+    assert "the machine is booted: no template" in caplog.text
