@@ -28,6 +28,7 @@ from virtcontainers.hypervisor.process import MachineProcess, end_processes
 from virtcontainers.hypervisor.qemu_cmdline import MachineFiles, QemuCommandLine, plan
 from virtcontainers.hypervisor.qmp import QMP
 from virtcontainers.hypervisor.vhost_vsock import (
+    VHOST_DEVICE_VSOCK,
     GuestCID,
     find_context_id,
     find_vhost_device_vsock,
@@ -103,7 +104,7 @@ class Qemu(Hypervisor):
             self._log.warning("the machine is emulated (TCG), which is slow: %s", decision.reason)
         self._transport = resolve_transport(self._agent.transport)
         if self._transport is AgentTransport.HVSOCK:
-            self._vhost_device_vsock = find_vhost_device_vsock()
+            self._vhost_device_vsock = find_vhost_device_vsock(VHOST_DEVICE_VSOCK)
         if self._transport is AgentTransport.VSOCK:
             # No trace on the host but the open descriptor, which ends with us or with stop_vm.
             self._guest_cid = find_context_id()

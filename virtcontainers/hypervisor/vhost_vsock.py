@@ -88,7 +88,7 @@ def choose_cid(claim: Callable[[int], bool]) -> int:
     raise InvalidArgumentError(f"no free vsock context id in {_CID_TRIES} tries")
 
 
-def find_vhost_device_vsock(candidates: Sequence[Path] = VHOST_DEVICE_VSOCK) -> Path:
+def find_vhost_device_vsock(candidates: Sequence[Path]) -> Path:
     """Raises InvalidArgumentError with the way out."""
     for candidate in candidates:
         if candidate.is_file():

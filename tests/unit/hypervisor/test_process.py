@@ -1,0 +1,143 @@
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from virtcontainers.hypervisor.base import HypervisorError
+from virtcontainers.hypervisor.process import MachineProcess, end_processes, find_processes
+
+STUBBORN = "trap '' TERM; echo ready; while :; do sleep 0.1; done"
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("waited 20 s")
+
+
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [("echo why >&2; exit 3", "exited with status 3"), ("kill -9 $$", "was killed by SIGKILL")],
+)
+def test_it_is_told_how_a_process_ended(tmp_path: Path, script: str, sentence: str) -> None:
+    async def body() -> str:
+        process = MachineProcess.start("daemon", ["/bin/sh", "-c", script], directory=tmp_path)
+        assert await process.wait() == f"daemon (pid {process.pid}) {sentence}"
+        assert not process.running
+        await process.terminate()
+        return await process.wait_with_tail()
+
+    told = asyncio.run(body())
+    assert told.endswith("--- daemon.log:\nwhy" if "why" in script else sentence)
+
+
+def test_a_program_that_cannot_be_started_is_named(tmp_path: Path) -> None:
+    async def body() -> None:
+        with pytest.raises(HypervisorError, match=r"/no/such does not start: .*No such file"):
+            MachineProcess.start("daemon", ["/no/such"], directory=tmp_path)
+
+    asyncio.run(body())
+
+
+def test_it_gets_nothing_of_ours_but_the_given_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "proxy-password")
+
+    async def body() -> None:
+        given, other = (os.open("/dev/null", os.O_RDONLY) for _ in range(2))
+        os.set_inheritable(other, True)
+        script = "ls -l /proc/self/fd; env; pwd"
+        process = MachineProcess.start(
+            "daemon", ["/bin/sh", "-c", script], directory=tmp_path, pass_fds=[given]
+        )
+        await process.wait()
+        shown = process.log.read_text()
+        assert f" {given} -> /dev/null" in shown
+        assert f" {other} -> " not in shown
+        assert "proxy-password" not in shown
+        assert shown.endswith("\n/\n")
+        os.close(given)
+        os.close(other)
+
+    asyncio.run(body())
+
+
+def test_one_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    async def body() -> None:
+        process = MachineProcess.start("daemon", ["/bin/sh", "-c", STUBBORN], directory=tmp_path)
+        await until(lambda: "ready" in process.log.read_text())
+        await process.terminate(timeout_s=0.2)
+        assert await process.wait() == f"daemon (pid {process.pid}) was killed by SIGKILL"
+
+    asyncio.run(body())
+
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from virtcontainers.hypervisor.process import MachineProcess
+async def body():
+    print(MachineProcess.start("daemon", ["/bin/sleep", "600"], directory=Path(sys.argv[1])).pid, flush=True)
+    await asyncio.sleep(600)
+asyncio.run(body())
+"""
+
+
+def test_processes_die_with_the_one_that_started_them(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        assert not gone(pid)
+        owner.kill()
+    asyncio.run(until(lambda: gone(pid)))
+
+
+def test_another_process_finds_and_ends_them_and_nobody_else(tmp_path: Path) -> None:
+    """Also one that ignores SIGTERM, its children, and none that only mentions the directory."""
+    directory, other = tmp_path / "vm1", tmp_path / "vm10"
+    directory.mkdir()
+    other.mkdir()
+    ender = (
+        "import asyncio, sys; from pathlib import Path; from virtcontainers.hypervisor.process import *; "
+        "asyncio.run(end_processes(Path(sys.argv[1]), timeout_s=0.3))"
+    )
+
+    async def body() -> None:
+        mine = MachineProcess.start("a", ["/bin/sh", "-c", STUBBORN], directory=directory)
+        parent = MachineProcess.start("b", ["/bin/sh", "-c", "sleep 600; true"], directory=directory)
+        others = MachineProcess.start("a", ["/bin/sleep", "600"], directory=other)
+        mentions = await asyncio.create_subprocess_exec("/bin/sh", "-c", f"sleep 600 # {directory}/qemu.log")
+        try:
+            await until(lambda: len(find_processes(directory)) >= 3 and "ready" in mine.log.read_text())
+            process = await asyncio.create_subprocess_exec(sys.executable, "-c", ender, str(directory))
+            assert await process.wait() == 0
+            assert find_processes(directory) == []
+            assert not mine.running and not parent.running
+            assert others.running and mentions.returncode is None
+        finally:
+            mentions.kill()
+            await mentions.wait()
+            for started in (mine, parent, others):
+                await started.terminate(0.1)
+
+    asyncio.run(body())
+
+
+def test_nothing_to_end_is_no_error(tmp_path: Path) -> None:
+    asyncio.run(end_processes(tmp_path))

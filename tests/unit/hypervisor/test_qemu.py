@@ -1,0 +1,83 @@
+"""What QEMU's driver refuses before it starts anything."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent_client.transports import SerialAddress
+from virtcontainers.config import Accel, AgentConfig, AgentTransport, HypervisorConfig, SharedFS
+from virtcontainers.errors import InvalidArgumentError
+from virtcontainers.hypervisor.base import HypervisorError, VMState
+from virtcontainers.hypervisor.qemu import Qemu
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> HypervisorConfig:
+    for name in ("kernel", "initrd", "qemu"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "empty").touch()
+    (tmp_path / "qemu").chmod(0o755)
+    return HypervisorConfig(
+        path=tmp_path / "qemu",
+        kernel=tmp_path / "kernel",
+        initrd=tmp_path / "initrd",
+        shared_fs=SharedFS.VIRTIO_9P,
+        accel=Accel.TCG,
+    )
+
+
+def machine(tmp_path: Path, config: HypervisorConfig) -> Qemu:
+    agent = AgentConfig(transport=AgentTransport.SERIAL)
+    return Qemu("pod", config, agent, shared_path=tmp_path, run_vc=tmp_path / "vc")
+
+
+REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"path": "none"}, r"QEMU .*/none \(path in \[hypervisor.qemu\]\) does not exist"),
+    ({"path": "kernel"}, r"QEMU .*/kernel \(path in .* is not executable"),
+    ({"kernel": None}, "no guest kernel: set kernel"),
+    ({"kernel": "none"}, r"guest kernel .*/none \(kernel in .* does not exist"),
+    ({"kernel": "empty"}, r"guest kernel .*/empty .* is empty: 0 bytes"),
+    ({"kernel": "."}, "is not a file"),
+    ({"initrd": "empty"}, r"guest initrd .*/empty \(initrd in \[hypervisor.qemu\]\) is empty: 0 bytes"),
+    ({"initrd": "none"}, r"guest initrd .* does not exist"),
+    ({"initrd": None}, "one of initrd and image is needed .* neither is set"),
+    ({"image": "kernel"}, "one of initrd and image is needed .* both are set"),
+    ({"initrd": None, "image": "none"}, "guest image .* does not exist"),
+    ({"firmware": "none"}, r"firmware .* \(firmware in .* does not exist"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSALS)
+def test_a_missing_file_is_named_with_its_key(
+    tmp_path: Path, config: HypervisorConfig, changes: dict[str, Any], message: str
+) -> None:
+    paths = {key: tmp_path / name if name else None for key, name in changes.items()}
+    with pytest.raises(InvalidArgumentError, match=message):
+        machine(tmp_path, replace(config, **paths)).create_vm()
+
+
+def test_another_machine_type_is_refused(tmp_path: Path, config: HypervisorConfig) -> None:
+    with pytest.raises(InvalidArgumentError, match='machine_type "microvm": expected "q35"'):
+        machine(tmp_path, replace(config, machine_type="microvm")).create_vm()
+
+
+def test_planning_touches_nothing(
+    tmp_path: Path, config: HypervisorConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = set(tmp_path.iterdir())
+    qemu = machine(tmp_path, config)
+    with pytest.raises(HypervisorError, match="the machine is new"):
+        qemu.save()
+    with caplog.at_level(logging.WARNING):
+        qemu.create_vm()
+    assert qemu.state is VMState.CREATED
+    assert qemu.agent_address == SerialAddress(tmp_path / "vc/vm/pod/agent.sock")
+    assert qemu.save()["directory"] == str(tmp_path / "vc/vm/pod")
+    assert qemu.get_pids() == []
+    assert set(tmp_path.iterdir()) == before
+    assert [record.message for record in caplog.records] == [
+        "the machine is emulated (TCG), which is slow: tcg is configured"
+    ]
