@@ -14,19 +14,20 @@ version and hash). By hand, on a machine without KVM; the agent's port is the so
 
 What the agent finds:
 
-    /init                  runs guest.agent.main:main() as PID 1, with python3 -ISB; the console is standard
-                           input, output and error
-    /proc /sys /dev        empty, mounting them is the agent's work; so are /run, /tmp and others.
-                           /dev has console, null and urandom
-    /usr/bin               crun, busybox and links to it (sh, mount, ...), in /usr/sbin too (modprobe, ip)
-    /usr/lib/python3.X     the standard library as bytecode (less python.STDLIB_PRUNED), with google.protobuf,
-                           ttrpc, agent_client.protocols and guest.agent
-    /etc/kata-py/modules   kernel modules to load at boot: absolute paths, one a line, in load order
-    /lib/modules/RELEASE   all modules, uncompressed, with modules.dep (as kmod writes it: the dependency to
-                           load first stands last), modules.alias and modules.builtin
+    /init                    runs guest.agent.main:main() as PID 1, with python3 -ISB; standard input,
+                             output and error are the console
+    /proc /sys /dev          empty, mounting them is the agent's work; so are /run, /tmp and others.
+                             /dev has console, null and urandom
+    /usr/bin                 crun, busybox and links to it (sh, mount, ...), in /usr/sbin too (modprobe, ip)
+    /usr/lib/kata-py/bundle  all Python modules as bytecode: the standard library less python.STDLIB_PRUNED,
+                             google.protobuf, ttrpc, agent_client.protocols and guest.agent. Python in a
+                             shell of the guest: import kata_importer, kata_importer.install(this path)
+    /usr/lib/python3.X       what the interpreter needs to start, and extension modules
+    /etc/kata-py/modules     kernel modules to load at boot: absolute paths, one a line, in load order
+    /lib/modules/RELEASE     all modules, uncompressed, with modules.dep (as kmod writes it: the dependency
+                             to load first stands last), modules.alias and modules.builtin
 
-A module that is not in the boot list comes in two ways. What the kernel itself asks for by an alias (a file
-system at its first mount, a cipher, a netfilter table) it gets through /sbin/modprobe, with nobody's help.
-The driver of a device, found or hot-plugged, is loaded by the agent: virtio_blk, virtio_scsi and sd_mod,
-virtio_net, virtio_mem, virtio_balloon, virtio_rng.
+A kernel module that is not in the boot list comes in two ways. What the kernel itself asks for by an alias (a
+file system at its first mount, a cipher, a netfilter table) it gets through /sbin/modprobe, with nobody's help.
+The driver of a device, found or hot-plugged, is loaded by the agent: modprobe takes the device's modalias.
 """

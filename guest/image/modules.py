@@ -110,7 +110,7 @@ def module_name(path: str) -> str:
 class Tree:
     """The modules of one kernel, as its packages bring them."""
 
-    def __init__(self, directory: Path, *, decompress_zstd: Callable[[Path], bytes]) -> None:
+    def __init__(self, directory: Path, *, decompress_zstd: Callable[[bytes], bytes]) -> None:
         """`directory` is .../lib/modules/RELEASE."""
         self.directory = directory
         self.decompress_zstd = decompress_zstd
@@ -130,7 +130,7 @@ class Tree:
             case ".xz":
                 data = lzma.decompress(path.read_bytes())
             case ".zst":
-                data = self.decompress_zstd(path)
+                data = self.decompress_zstd(path.read_bytes())
             case suffix:
                 raise ModuleError(f"{relative}: compressed with {suffix}, expected .xz, .zst or nothing")
         try:

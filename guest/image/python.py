@@ -1,17 +1,15 @@
 """The guest's Python: the distribution's interpreter, the part of its library that an agent may want,
-protobuf and our own packages, all compiled.
-
-Bytecode lies where the source would be (os.pyc, no os.py): the import system then opens one file for a module
-and compares no time stamps.
-"""
+protobuf and our own packages, all compiled, and all but what starts the interpreter in one file (see
+importer.py)."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import marshal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +32,9 @@ STDLIB_PRUNED = _words(
     """
 )
 
+# The interpreter imports these before it could import our importer, and knows its library by os.
+STARTUP = _words("encodings/__init__ encodings/aliases encodings/utf_8 os")
+
 # Codecs of these are found when somebody asks for one by name.
 _ENCODINGS = _words(
     """
@@ -50,6 +51,9 @@ EXTENSIONS = _words(
     termios unicodedata zlib
     """
 )
+
+# The first bytes of a .pyc file, before the code: its magic number and what it was made of.
+_HEADER_BYTES = 16
 
 # What of our own goes into the guest, and what of protobuf does not.
 OWN_PACKAGES = ("guest.agent", "ttrpc", "agent_client.protocols")
@@ -165,3 +169,17 @@ def compile_sources(
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
         raise PythonError("compiling for the guest failed: " + "\n".join(lines[-3:]))
     return {module: target.read_bytes() for module, target in targets.items()}
+
+
+def bundle(bytecode: Mapping[str, bytes]) -> bytes:
+    """One file of many modules' bytecode, for importer.py."""
+    index: dict[str, tuple[int, int, bool]] = {}
+    code = bytearray()
+    # marshal's version 2 shares no objects, so equal indexes are equal bytes.
+    for module, data in sorted(bytecode.items()):
+        path = module.removesuffix("/__init__")
+        content = data[_HEADER_BYTES:]
+        index[path.replace("/", ".")] = (len(code), len(content), path != module)
+        code += content
+    header = marshal.dumps(dict(sorted(index.items())), 2)
+    return len(header).to_bytes(8, "little") + header + bytes(code)
