@@ -39,7 +39,7 @@ class TtrpcError(Exception):
 
 class StatusError(TtrpcError):
     """A call was answered with an error, by the peer's handler or by ttrpc itself; a handler raises it to
-    answer so."""
+    answer so. `details` are google.protobuf.Any, or messages with its fields."""
 
     def __init__(self, code: Code, message: str, details: Sequence[Any] = ()) -> None:
         super().__init__(f"{code.name.lower()}: {message}")

@@ -51,7 +51,7 @@ def test_other_exception_is_unknown_or_mapped_and_no_traceback_leaves(tmp_path: 
 
             # The registered name is the wire's; a client of the same descriptor asks for the original one.
             envelope = Request(service="tests.echo.Broken", method=method.name).SerializeToString()
-            stream_id = client._open(envelope, 0)
+            stream_id = client._open(0, envelope)
             answer = asyncio.get_running_loop().create_future()
             client._unary[stream_id] = answer
             response = Response.FromString((await answer).payload)

@@ -53,7 +53,7 @@ def test_oversized_payload_is_thrown_away() -> None:
     assert frame is not None
     assert (frame.stream_id, frame.payload, frame.oversized) == (7, b"", 5000)
     with pytest.raises(StatusError, match="5000 exceed maximum message size of 1000"):
-        frame.check_size(1000)
+        framing.check_size(frame.oversized, 1000)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
