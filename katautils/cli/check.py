@@ -13,7 +13,7 @@ from katautils.cli import containerd
 from katautils.cli.output import Cell, Colour, is_terminal, print_table
 from katautils.config import RuntimeConfig, load_configuration
 from virtcontainers.config import Accel, AgentConfig, AgentTransport, HypervisorConfig, SharedFS
-from virtcontainers.errors import KataError
+from virtcontainers.errors import KataError, NotFoundError
 
 TESTED_QEMU = (7, 2)
 """The oldest that kata-py is tested with."""
@@ -68,7 +68,11 @@ def examine(config_path: Path | None) -> Iterator[Finding]:
     try:
         config = load_configuration(config_path)
     except KataError as error:
-        yield Finding("configuration", Status.FAILURE, str(error), "see README: configuration")
+        missing = isinstance(error, NotFoundError)
+        way_out = (
+            "write one (README, Configuration), or name one: --config, KATA_CONF_FILE" if missing else ""
+        )
+        yield Finding("configuration", Status.FAILURE, str(error), way_out)
     else:
         yield from _configuration(config)
     hypervisor = config.hypervisor if config else HypervisorConfig()
