@@ -9,7 +9,7 @@ import os
 import time
 
 from shim.main import Flags
-from shim.start import StartError, answers, pod_of
+from shim.start import StartError, answers, leave_out_modules, pod_of
 from shim.wire import encode
 
 KILLED = 128 + 9
@@ -35,6 +35,7 @@ def delete(flags: Flags) -> int:
     pid = 0
     rootfs = f"{bundle}/rootfs"
     if any(os.path.lexists(f"{directory}/{sandbox_id}") for directory in _POD_DIRECTORIES):
+        leave_out_modules()
         from shim.cleanup import clean_up
 
         pid = clean_up(sandbox_id, flags.id)

@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import socket
-import stat
 from pathlib import Path
 
 from katautils import log as katautils_log
@@ -30,15 +29,15 @@ _PR_SCHED_CORE_CREATE = 1
 _PR_SCHED_CORE_SCOPE_PROCESS_GROUP = 2
 
 
-def serve(flags: Flags, bundle: str, listener_fd: int, path: str) -> int:
+def serve(flags: Flags, listener_fd: int, path: str) -> int:
     """Serve on a listening socket, bound to `path`, until containerd says Shutdown or a signal does.
 
-    The socket's path is removed. stderr becomes containerd's log of the shim.
+    The log goes to stderr. The socket's path is removed.
     """
     adjust_oom_score()
     if os.environ.get("SCHED_CORE"):
         share_core()
-    katautils_log.setup(open_log(bundle), debug=flags.debug, sandbox=flags.id)
+    katautils_log.setup(2, debug=flags.debug, sandbox=flags.id)
     # The bundle belongs to one container, we to all of them.
     os.chdir("/")
     # What is imported stays: the collector need not look at it again.
@@ -100,18 +99,3 @@ def share_core() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SCHED_CORE, _PR_SCHED_CORE_CREATE, 0, _PR_SCHED_CORE_SCOPE_PROCESS_GROUP, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SCHED_CORE)")
-
-
-def open_log(bundle: str) -> int:
-    """containerd's fifo for our log, which is stderr too from now on; without one, stderr as it is.
-
-    Writing never waits. We hold both ends: a containerd that restarts finds what is in it as it was.
-    """
-    try:
-        fd = os.open(f"{bundle}/log", os.O_RDWR | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return 2
-    if stat.S_ISFIFO(os.fstat(fd).st_mode):
-        os.dup2(fd, 2)
-    os.close(fd)
-    return 2
