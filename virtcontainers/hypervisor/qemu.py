@@ -235,7 +235,7 @@ class Qemu(Hypervisor):
         dead = [process for process in (*self._daemons, self._qemu) if not process.running]
         if dead:
             reasons = [await process.wait_with_tail() for process in dead]
-            return HypervisorError("QEMU did not start: " + "\n".join(reasons))
+            return HypervisorError(f"{self.config.path} did not start: " + "\n".join(reasons))
         return BootTimeout(with_tail(str(error), self._qemu.log))
 
     async def stop_vm(self) -> None:
