@@ -15,12 +15,17 @@ PROGRAMS = {"shim": "containerd-shim-kata-py-v2", "QEMU": "qemu-system", "virtio
 
 
 @pytest.mark.parametrize("victim", PROGRAMS)
-def test_kill_9_of_a_part_ends_the_container_and_leaves_nothing(
+def test_kill_9_ends_the_container_and_leaves_nothing(
     every_ctr: Ctr, container_id: str, config: Config, tmp_path: Path, victim: str
 ) -> None:
     ctr = every_ctr
     events_file = tmp_path / "events"
-    options = config({"hypervisor.qemu": {"shared_fs": "virtio-fs"}})
+    options = (
+        *config({"hypervisor.qemu": {"shared_fs": "virtio-fs"}}),
+        # ctr removes this when it deletes the task. containerd forgets the task of a dead shim, whatever the
+        # runtime, and leaves ctr nothing to delete.
+        *("--fifo-dir", str(tmp_path / "fifo")),
+    )
     with (
         events_file.open("wb") as out,
         subprocess.Popen(ctr.containerd.ctr_command("events"), stdout=out) as events,
