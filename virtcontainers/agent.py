@@ -76,6 +76,10 @@ class KataAgent:
             request = agent_pb2.GuestDetailsRequest(mem_block_size=True, mem_hotplug_probe=True)
             self.details = await self.client.get_guest_details(request)
 
+    async def set_policy(self, policy: str) -> None:
+        with translated("SetPolicy"):
+            await self.client.set_policy(agent_pb2.SetPolicyRequest(policy=policy))
+
     async def create_sandbox(
         self,
         sandbox_id: str,

@@ -105,6 +105,9 @@ class Sandbox:
         await machine
         if prestart is not None:
             await prestart(self)
+        if config.agent.policy:
+            # Before anything else is asked: an agent that cannot enforce it gets no pod.
+            await self.agent.set_policy(config.agent.policy)
         await asyncio.gather(
             self.agent.get_guest_details(),
             self.agent.create_sandbox(
@@ -215,7 +218,8 @@ class Sandbox:
         try:
             return await self.agent.get_oom_event()
         except UnimplementedError:
-            return await asyncio.get_running_loop().create_future()
+            never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            return await never
 
     async def stop(self) -> None:
         """End the containers, the sandbox in the guest and the machine; idempotent.

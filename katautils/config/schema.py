@@ -361,7 +361,7 @@ AGENT: Table = {
     "debug_console_enabled": Key(BOOL, "debug_console_enabled"),
     "dial_timeout": Key(UINT32, "dial_timeout_s"),
     "launch_process_timeout": Key(UINT32, "launch_process_timeout_s"),
-    "policy": Key(STRING, "policy", inert=True),
+    "policy": Key(STRING, "policy"),
     "transport": Key(one_of("auto", "vsock", "hvsock", "serial"), "transport"),  # ours
     "create_container_timeout": Key(UINT32, "create_container_timeout"),  # runtime-rs; [runtime]'s in Go
     # runtime-rs's budget of 3 s is for a machine that KVM runs; `dial_timeout` is the one that counts here.
