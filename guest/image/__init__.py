@@ -28,6 +28,6 @@ What the agent finds:
                              to load first stands last), modules.alias and modules.builtin
 
 A kernel module that is not in the boot list comes in two ways. What the kernel itself asks for by an alias (a
-file system at its first mount, a cipher, a netfilter table) it gets through /sbin/modprobe, with nobody's help.
+file system at its first mount, a cipher, a netfilter table) it gets through /sbin/modprobe, unaided.
 The driver of a device, found or hot-plugged, is loaded by the agent: modprobe takes the device's modalias.
 """

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_ENVIRONMENT = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
 _DEPENDS = re.compile(r"^ [ |](?:Pre)?Depends: (?P<name>[a-z0-9][a-z0-9.+-]*)(?::any)?$")
 
 
@@ -33,9 +32,13 @@ class Package:
     sha256: str
 
 
+def _environment() -> dict[str, str]:
+    return {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+
+
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True, check=False)
+        return subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise AptError(f"{command[0]} is not on this host: expected Debian or Ubuntu") from error
 
@@ -55,8 +58,7 @@ def update() -> None:
 
 
 def parse_dependencies(text: str) -> dict[str, list[str]]:
-    """Output of `apt-cache depends --recurse`: package -> what it depends on. An alternative counts as
-    well."""
+    """Output of `apt-cache depends --recurse`: package -> what it depends on. An alternative counts too."""
     graph: dict[str, list[str]] = {}
     dependencies: list[str] = []
     for line in text.splitlines():
@@ -147,7 +149,7 @@ def fetch(packages: Sequence[Package], store: Path, report: Callable[[str], None
         with (
             tempfile.TemporaryFile("w+") as log,
             subprocess.Popen(
-                command, cwd=directory, env=_ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command, cwd=directory, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             ) as process,
         ):
             try:

@@ -46,7 +46,7 @@ _FOLLOWED = re.compile(r"linux-(image|modules|binary)-.*|(lib)?python3\.\d+-(min
 LIBRARIES = "/usr/lib/x86_64-linux-gnu"
 _LIBRARY_DIRECTORIES = ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu")
 # The C library opens it by name when a thread is cancelled; no NEEDED entry says so.
-_EXTRA_LIBRARIES = ("libgcc_s.so.1",)
+_OPENED_LIBRARIES = ("libgcc_s.so.1",)
 
 BUNDLE = "/usr/lib/kata-py/bundle"
 IMPORTER = "kata_importer"
@@ -230,12 +230,7 @@ def module_entries(
 def program_entries(programs: dict[str, Path], libraries: Sequence[Path]) -> list[cpio.Entry]:
     """The programs and every library they need."""
     contents = {path: source.read_bytes() for path, source in programs.items()}
-    found = elf.library_closure(contents, libraries)
-    for name in _EXTRA_LIBRARIES:
-        found |= elf.library_closure(
-            {name: next(d / name for d in libraries if (d / name).is_file()).read_bytes()}, libraries
-        )
-        found[name] = next(d / name for d in libraries if (d / name).is_file())
+    found = elf.library_closure(contents, libraries, also=_OPENED_LIBRARIES)
     return [
         *(cpio.file(path, data, 0o755) for path, data in contents.items()),
         *(cpio.file(f"{LIBRARIES}/{name}", path.read_bytes(), 0o755) for name, path in found.items()),
@@ -294,23 +289,35 @@ def is_whole(directory: Path, key: str) -> bool:
 
 
 def make(cache: Path, progress: Progress) -> Path:
-    """Directory in the cache with the image for this host's packages and our present sources, built if need
-    be."""
+    """Directory in the cache with the image of this host's packages and our sources, built if need be."""
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache):
-        with progress.step("packages' names and versions"):
-            packages = resolve_packages()
-        made_of = inputs(packages)
-        key = key_of(made_of)
-        image = cache / key
-        if is_whole(image, key):
-            os.utime(image)
-            progress.say(f"image {key} is in the cache")
-            return image
+        for killed in cache.glob("build-*"):
+            shutil.rmtree(killed)
         store = cache / "packages"
         store.mkdir(exist_ok=True)
-        with progress.step(f"fetching {sum(package.size for package in packages) >> 20} MiB of packages"):
-            apt.fetch(packages, store, progress.detail)
+        for lists in ("as they are", "updated"):
+            with progress.step("packages' names and versions"):
+                packages = resolve_packages()
+            made_of = inputs(packages)
+            key = key_of(made_of)
+            image = cache / key
+            if is_whole(image, key):
+                os.utime(image / "manifest.json")
+                progress.say(f"image {key} is in the cache")
+                return image
+            try:
+                with progress.step(
+                    f"fetching {sum(package.size for package in packages) >> 20} MiB of packages"
+                ):
+                    apt.fetch(packages, store, progress.detail)
+                break
+            except apt.AptError:
+                # Old lists name packages that the mirrors have replaced.
+                if lists == "updated":
+                    raise
+                with progress.step("updating apt's lists"):
+                    apt.update()
         with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as name:
             work = Path(name)
             facts = build(packages, store, work, progress)

@@ -39,10 +39,6 @@ def _string(table: bytes, offset: int) -> str:
     return table[offset : table.index(b"\0", offset)].decode()
 
 
-def is_elf(data: bytes) -> bool:
-    return data[:4] == b"\x7fELF"
-
-
 def needed(data: bytes) -> list[str]:
     """Names of the libraries (DT_NEEDED) in the file's order; none for a static executable."""
     sections = _sections(data)
@@ -70,15 +66,19 @@ def module_information(data: bytes) -> dict[str, list[str]]:
     return information
 
 
-def library_closure(programs: Mapping[str, bytes], directories: Iterable[Path]) -> dict[str, Path]:
-    """Every library that the programs (what to call them in an error -> content) need, and those need in
-    turn: by the name under which the dynamic linker will look for it. The first directory that has it wins.
+def library_closure(
+    programs: Mapping[str, bytes], directories: Iterable[Path], also: Iterable[str] = ()
+) -> dict[str, Path]:
+    """Every library that the programs (what to call them in an error -> content) need, those in `also`, and
+    what these need in turn: by the name under which the dynamic linker will look for it. The first directory
+    that has it wins.
 
     ElfError names the library that is in none of the directories, and who needs it.
     """
     directories = list(directories)
     found: dict[str, Path] = {}
     waiting = [(name, library) for name, data in programs.items() for library in needed(data)]
+    waiting += [("the image", library) for library in also]
     while waiting:
         user, library = waiting.pop()
         if library in found:

@@ -24,11 +24,11 @@ STDLIB_PRUNED = _words(
     """
     __phello__ _aix_support _osx_support _pyrepl _sysconfigdata__linux_x86_64-linux-gnu
     _sysconfigdata__x86_64-linux-gnu aifc antigravity audioop bdb cProfile cgi cgitb chunk code codeop
-    compileall crypt curses dbm doctest distutils ensurepip ftplib idlelib imaplib imghdr lib2to3
+    compileall crypt curses dbm distutils doctest ensurepip ftplib idlelib imaplib imghdr lib2to3
     mailbox mailcap msilib netrc nntplib nturl2path optparse pdb pickletools pipes poplib profile pstats
-    pyclbr pydoc pydoc_data sched shelve site-packages smtpd smtplib sndhdr sqlite3 ssl sunau symtable
-    sysconfig tabnanny telnetlib test this tkinter trace tracemalloc turtle turtledemo unittest uu venv
-    wave webbrowser wsgiref xdrlib xml xmlrpc zipapp
+    pyclbr pydoc pydoc_data sched shelve site-packages sitecustomize smtpd smtplib sndhdr sqlite3 ssl
+    sunau symtable sysconfig tabnanny telnetlib test this tkinter trace tracemalloc turtle turtledemo
+    unittest uu venv wave webbrowser wsgiref xdrlib xml xmlrpc zipapp
     """
 )
 
@@ -61,8 +61,12 @@ PROTOBUF_PRUNED = frozenset({"compiler", "testdata", "util"})
 
 _COMPILE = """
 import json, py_compile, sys
+mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
 for source, target, shown, optimize in json.load(sys.stdin):
-    py_compile.compile(source, target, shown, True, optimize, py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    try:
+        py_compile.compile(source, target, shown, True, optimize, mode)
+    except Exception as error:
+        sys.exit(f"{source} does not compile for the guest: {error!r}")
 """
 
 
@@ -167,7 +171,7 @@ def compile_sources(
     )
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
-        raise PythonError("compiling for the guest failed: " + "\n".join(lines[-3:]))
+        raise PythonError(lines[-1])
     return {module: target.read_bytes() for module, target in targets.items()}
 
 
