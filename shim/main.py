@@ -96,10 +96,6 @@ def main() -> int:
     try:
         return run_action(flags)
     except Exception as error:
-        if flags.debug:
-            import traceback
-
-            traceback.print_exc()
         sys.stderr.write(f"{NAME}: {flags.action or 'serve'} {flags.id}: {error}\n")
         return 1
 

@@ -96,6 +96,11 @@ class LocalProcess:
             raise UnavailableError("the machine is gone")
         return status if status >= 0 else 128 - status
 
+    def abandon(self) -> None:
+        """End what it has left running, and its pipes."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process._transport.close()  # type: ignore[attr-defined]
+
     async def kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
             os.killpg(self._process.pid, signal.SIGKILL)

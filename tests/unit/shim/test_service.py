@@ -429,7 +429,7 @@ def test_output_that_a_child_holds_open_does_not_hold_the_exit_back_for_ever(
         process = shim.kata.sandbox.containers["c1"].processes["e1"]
         assert await shim.wait("c1", "e1") == 0
         await shim.delete("c1", "e1")
-        os.killpg(process.process.pid, signal.SIGKILL)
+        process.abandon()
 
     run(tmp_path, body)
 

@@ -209,8 +209,7 @@ def test_draining_ends_when_somebody_else_holds_the_output(tmp_path: Path) -> No
         assert client.received["stdout"] == b"done\n"
         await io.close()
         await client.done()
-        await process.kill()
-        os.killpg(process.process.pid, 9)
+        process.abandon()
 
     run(body)
 
@@ -311,7 +310,7 @@ def test_a_logging_binary_that_is_never_ready_is_an_error(
             uri = f"{scheme}://{logger(tmp_path, ready)}"
             with pytest.raises(KataError, match="logger"):
                 await ProcessIO.open(Stdio("", uri, uri, False), "default", "c1")
-        assert open_fds() == before
+        assert open_fds() <= before
 
     run(body)
 
@@ -330,6 +329,6 @@ def test_what_cannot_be_opened_is_named(stdio: Stdio, kind: type[KataError], nam
         before = open_fds()
         with pytest.raises(kind, match=named):
             await ProcessIO.open(stdio, "default", "c1")
-        assert open_fds() == before
+        assert open_fds() <= before
 
     run(body)
