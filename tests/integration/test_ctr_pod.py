@@ -1,0 +1,77 @@
+"""Pods through containerd: containers that join a machine, memory that runs out, a guest that freezes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from harness import Ctr, processes_of, wait_for
+
+
+def cri(kind: str, pod: str) -> tuple[str, ...]:
+    """The annotations with which containerd's CRI plugin tells a pod's containers from each other."""
+    prefix = "io.kubernetes.cri"
+    return (
+        *("--annotation", f"{prefix}.container-type={kind}"),
+        *("--annotation", f"{prefix}.sandbox-id={pod}"),
+    )
+
+
+def events_of(text: str, container_id: str) -> list[tuple[str, dict[str, Any]]]:
+    found = [(topic, json.loads(body)) for topic, body in re.findall(r" /tasks/(\S+) (\{.*\})", text)]
+    return [(topic, body) for topic, body in found if body["container_id"] == container_id]
+
+
+def test_containers_of_a_pod_share_machine_and_shim(every_ctr: Ctr, container_id: str) -> None:
+    ctr = every_ctr
+    boot_id = ("cat", "/proc/sys/kernel/random/boot_id")
+    with ctr.detached(container_id, "sleep", "1000", options=cri("sandbox", container_id)):
+        machine = ctr.exec(container_id, *boot_id).stdout
+        joins = cri("container", container_id)
+        one = ctr.run(f"{container_id}-one", *boot_id, options=joins)
+        assert (one.returncode, one.stdout) == (0, machine)
+        with ctr.detached(f"{container_id}-two", "sleep", "1000", options=joins):
+            assert len(processes_of(container_id, "containerd-shim-kata-py-v2")) == 1
+            assert len(processes_of(container_id, "qemu-system")) == 1
+            assert ctr.run(f"{container_id}-three", "sh", "-c", "exit 3", options=joins).returncode == 3
+        failed = ctr.run(f"{container_id}-four", "no-such-command", options=joins)
+        assert failed.returncode == 127
+        assert ctr.exec(container_id, *boot_id).stdout == machine, "the pod goes on"
+
+
+def test_a_container_cannot_join_a_pod_that_is_not_there(ctr: Ctr, container_id: str) -> None:
+    result = ctr.run(container_id, "true", options=cri("container", f"{container_id}-none"))
+    assert result.returncode != 0
+    assert f"{container_id}-none has no shim" in result.stderr.decode()
+
+
+def test_memory_that_runs_out_is_an_event_and_137(ctr: Ctr, container_id: str, tmp_path: Path) -> None:
+    file = tmp_path / "events"
+    with (
+        file.open("wb") as out,
+        subprocess.Popen(ctr.containerd.ctr_command("events"), stdout=out) as events,
+    ):
+        try:
+            result = ctr.run(
+                container_id,
+                *("sh", "-c", "text=a; while :; do text=$text$text; done"),
+                options=("--memory-limit", str(24 << 20)),
+            )
+            assert result.returncode == 137
+            wait_for("the end's event", lambda: "/tasks/delete" in file.read_text())
+        finally:
+            events.kill()
+    topics = [topic for topic, _ in events_of(file.read_text(), container_id)]
+    assert sorted(topics) == ["create", "delete", "exit", "oom", "start"]
+    assert topics.index("oom") < topics.index("delete")
+
+
+def test_a_guest_that_answers_no_more_ends_its_containers(ctr: Ctr, container_id: str) -> None:
+    with ctr.detached(container_id, "sleep", "1000"):
+        (machine,) = processes_of(container_id, "qemu-system")
+        os.kill(machine, signal.SIGSTOP)
+        wait_for("the end", lambda: ctr.status(container_id) == "STOPPED")
+        wait_for("the machine to go", lambda: not processes_of(container_id, "qemu-system"))
