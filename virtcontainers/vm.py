@@ -10,7 +10,7 @@ from pathlib import Path
 from agent_client.client import AgentClient
 from agent_client.transports import AgentDialFailed, AgentDialTimeout
 from virtcontainers.config import RUN_VC, AgentConfig, HypervisorConfig
-from virtcontainers.hypervisor.base import BootTimeout, HypervisorError
+from virtcontainers.hypervisor.base import BootTimeout, HypervisorError, VMState
 from virtcontainers.hypervisor.qemu import Qemu
 
 log = logging.getLogger(__name__)
@@ -47,12 +47,16 @@ class VM:
     async def start(self, timeout_s: float | None = None) -> None:
         """Boot, and return when the agent has answered; None: within the agent's dial_timeout.
 
+        A clone (`boot_from_template`) comes up paused: its agent is for `resume` and `connect`.
+
         Raises BootTimeout, with the end of the guest's console, when it does not; HypervisorError when
         QEMU or a daemon dies before. Nothing is left then.
         """
         timeout_s = self.config.agent.dial_timeout_s if timeout_s is None else timeout_s
         deadline = asyncio.get_running_loop().time() + timeout_s
         await self.hypervisor.start_vm(timeout_s)
+        if self.hypervisor.state is VMState.PAUSED:
+            return
         try:
             await self.connect(max(0.0, deadline - asyncio.get_running_loop().time()))
         except BaseException:

@@ -25,9 +25,9 @@ def tail(path: Path, *, lines: int = 15) -> str:
     return "\n".join([line for line in kept if line][-lines:])
 
 
-def with_tail(message: str, path: Path) -> str:
+def with_tail(message: str, path: Path, *, lines: int = 15) -> str:
     """`message`, and below it the tail of the log if it has any."""
-    last = tail(path)
+    last = tail(path, lines=lines)
     return f"{message}\n--- {path.name}:\n{last}" if last else message
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import select
@@ -83,6 +84,9 @@ class MachineProcess:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
+        # Not waited for yet, it still holds its number: what it has forked goes with it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         status = self._process.wait()
         how = f"exited with status {status}" if status >= 0 else f"was killed by {_signal_name(-status)}"
         self._ended.set_result(f"{self.name} (pid {self.pid}) {how}")

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 MACHINE_TYPE = "q35"
 _MIGRATION_TIMEOUT_S = 30.0
 _LAST_WORDS_TIMEOUT_S = 1.0
+_CONSOLE_TAIL_LINES = 30
+"""A panic's reason stands above its trace of some 20 lines."""
 
 
 class Qemu(Hypervisor):
@@ -298,7 +300,7 @@ class Qemu(Hypervisor):
         """`message`, and below it what the guest said last on its console."""
         if self._console is not None:
             self._console.drain()
-        return with_tail(message, self.files.console_log)
+        return with_tail(message, self.files.console_log, lines=_CONSOLE_TAIL_LINES)
 
     @property
     def pid(self) -> int:

@@ -86,6 +86,20 @@ def test_one_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
+def test_what_a_process_has_forked_goes_with_it(tmp_path: Path) -> None:
+    async def body() -> None:
+        process = MachineProcess.start(
+            "daemon", ["/bin/sh", "-c", "sleep 600 & echo $!; wait"], directory=tmp_path
+        )
+        await until(lambda: process.log.read_text().strip().isdigit())
+        forked = int(process.log.read_text())
+        assert not gone(forked)
+        await process.terminate()
+        await until(lambda: gone(forked))
+
+    asyncio.run(body())
+
+
 OWNER = """
 import asyncio, sys
 from pathlib import Path
