@@ -9,7 +9,7 @@ from pathlib import Path
 
 CONSOLE_LIMIT_BYTES = 512 << 10
 
-_NOT_TEXT = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|c)|[^\t\n -~\u00a0-\U0010ffff]")
+_NOT_TEXT = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|c)|[^\t\n -~\u00a0-\U0010ffff]"
 _TAIL_BYTES = 16 << 10
 
 
@@ -21,7 +21,7 @@ def tail(path: Path, *, lines: int = 15) -> str:
             text = log.read().decode(errors="replace")
     except OSError:
         return ""
-    kept = [line.rstrip() for line in _NOT_TEXT.sub("", text).splitlines()]
+    kept = [line.rstrip() for line in re.sub(_NOT_TEXT, "", text).splitlines()]
     return "\n".join([line for line in kept if line][-lines:])
 
 

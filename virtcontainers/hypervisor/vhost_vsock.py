@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import random
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,8 +81,8 @@ def choose_cid(claim: Callable[[int], bool]) -> int:
     At random so that nobody knows the next one, and to be quick: of four thousand million, a few are taken.
     """
     for _ in range(_CID_TRIES):
-        cid = random.SystemRandom().randint(FIRST_CID, LAST_CID)
-        if claim(cid):
+        cid = int.from_bytes(os.urandom(4), "little")
+        if FIRST_CID <= cid <= LAST_CID and claim(cid):
             return cid
     raise InvalidArgumentError(f"no free vsock context id in {_CID_TRIES} tries")
 
