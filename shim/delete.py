@@ -31,10 +31,12 @@ def delete(flags: Flags) -> int:
         # A bundle that was never whole: no container can have been made of it.
         os.write(2, f"{error}\n".encode())
         sandbox_id = flags.id
-    remove_dead_socket(bundle)
+    shim_is_alive = remove_dead_socket(bundle)
     pid = 0
     rootfs = f"{bundle}/rootfs"
-    if any(os.path.lexists(f"{directory}/{sandbox_id}") for directory in _POD_DIRECTORIES):
+    # One container of a pod whose shim goes on has been deleted by that, unless its root says otherwise.
+    is_deleted = shim_is_alive and sandbox_id != flags.id and not os.path.ismount(rootfs)
+    if not is_deleted and any(os.path.lexists(f"{directory}/{sandbox_id}") for directory in _POD_DIRECTORIES):
         leave_out_modules()
         from shim.cleanup import clean_up
 
@@ -56,15 +58,17 @@ def response(pid: int) -> bytes:
     return encode(1, pid) + encode(2, KILLED) + encode(3, exited_at)
 
 
-def remove_dead_socket(bundle: str) -> None:
-    """The shim's; not when somebody answers: the other containers of a pod may still have their shim."""
+def remove_dead_socket(bundle: str) -> bool:
+    """Returns whether somebody answers there: the other containers of a pod may still have their shim."""
     try:
         with open(f"{bundle}/address") as file:
             path = file.read().removeprefix("unix://")
     except OSError:
-        return
-    if path.startswith("/") and os.path.lexists(path) and not answers(path):
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
+        return False
+    if answers(path):
+        return True
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+    return False

@@ -104,7 +104,7 @@ def run_action(flags: Flags) -> int:
     if flags.action == "start":
         from shim.start import start
 
-        return start(flags)
+        start(flags)
     if flags.action == "delete":
         from shim.delete import delete
 

@@ -477,7 +477,9 @@ class Pod:
 
     async def close(self) -> None:
         """End whatever there is: the shim was told to end."""
-        await self._delete_sandbox()
+        # A creation that was interrupted is still being undone.
+        async with self._create_lock:
+            await self._delete_sandbox()
 
     async def _watch_machine(self, sandbox: Sandbox) -> None:
         try:

@@ -14,6 +14,11 @@ from _socket import AF_UNIX, SOCK_STREAM, socket
 from shim.main import Flags
 from shim.wire import decode, encode
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+SIGKILL = 9
 SOCKET_DIRECTORY = "/run/containerd/s"
 SOCKET_PATH_LIMIT = 106
 """Of a sockaddr_un on every system that containerd knows."""
@@ -73,8 +78,8 @@ class Bootstrap:
         return address.encode()
 
 
-def start(flags: Flags) -> int:
-    """Returns in the parent; the child returns when its service ends."""
+def start(flags: Flags) -> NoReturn:
+    """Raises StartError. Neither of the two processes comes back from here otherwise."""
     bootstrap = Bootstrap(flags, read_stdin())
     bundle = os.getcwd()
     sandbox_id = pod_of(bundle)
@@ -85,14 +90,17 @@ def start(flags: Flags) -> int:
         if sandbox_id not in (None, flags.id):
             raise StartError(f"sandbox {sandbox_id} has no shim: nobody answers on {path}")
         listener = listen(path)
+    pid = 0
     try:
         write_file("address", address)
         if listener is not None:
             pid = os.fork()
             if pid == 0:
-                return become_server(flags, bundle, listener, path)
+                become_server(flags, bundle, listener, path)
             write_file("shim.pid", str(pid))
     except BaseException:
+        if pid:
+            os.kill(pid, SIGKILL)
         if listener is not None:
             os.unlink(path)
         raise
@@ -108,7 +116,7 @@ def serve_in_foreground(flags: Flags) -> int:
     return serve(flags, listener.detach(), flags.socket)
 
 
-def become_server(flags: Flags, bundle: str, listener: socket, path: str) -> int:
+def become_server(flags: Flags, bundle: str, listener: socket, path: str) -> NoReturn:
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
     log = open_log(bundle)
@@ -119,12 +127,12 @@ def become_server(flags: Flags, bundle: str, listener: socket, path: str) -> int
         leave_out_modules()
         from shim.server import serve
 
-        return serve(flags, listener.detach(), path)
+        os._exit(serve(flags, listener.detach(), path))
     except BaseException:
         import traceback
 
         traceback.print_exc()
-        return 1
+        os._exit(1)
 
 
 def open_log(bundle: str) -> int | None:
