@@ -21,6 +21,7 @@ failed=''
 headline "==> set-up"
 hack/setup.sh
 hack/containerd-versions
+hack/vhost-user-daemons
 
 bin=$venv/bin
 check "lint" "$bin/ruff" check
