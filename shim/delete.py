@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 import time
+from select import POLLIN, poll
 
-from shim.main import Flags
-from shim.start import StartError, answers, leave_out_modules, pod_of
+from shim.main import NAME, Flags
+from shim.start import SIGKILL, StartError, answers, leave_out_modules, pod_of
 from shim.wire import encode
 
 KILLED = 128 + 9
+SIGTERM = 15
+SHIM_END_MS = 2000
+"""containerd gives the whole of `delete` five seconds."""
 
 _POD_DIRECTORIES = (
     "/run/vc/sbs",
@@ -36,6 +40,9 @@ def delete(flags: Flags) -> int:
     rootfs = f"{bundle}/rootfs"
     # One container of a pod whose shim goes on has been deleted by that, unless its root says otherwise.
     is_deleted = shim_is_alive and sandbox_id != flags.id and not os.path.ismount(rootfs)
+    if shim_is_alive and sandbox_id == flags.id:
+        # containerd has given it up: nobody would ever end it.
+        end_shim(bundle, flags.id)
     if not is_deleted and any(os.path.lexists(f"{directory}/{sandbox_id}") for directory in _POD_DIRECTORIES):
         leave_out_modules()
         from shim.cleanup import clean_up
@@ -56,6 +63,30 @@ def response(pid: int) -> bytes:
     seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
     exited_at = encode(1, seconds) + encode(2, nanoseconds)
     return encode(1, pid) + encode(2, KILLED) + encode(3, exited_at)
+
+
+def end_shim(bundle: str, sandbox_id: str) -> None:
+    """Let the pod's shim end the pod; by force when that takes it too long."""
+    try:
+        with open(f"{bundle}/shim.pid") as file:
+            pid = int(file.read())
+        pidfd = os.pidfd_open(pid)
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            command = file.read()
+    except (OSError, ValueError):
+        return
+    # Pids are used again.
+    if NAME.encode() not in command or f"-id\0{sandbox_id}\0".encode() not in command:
+        return
+    for signal in (SIGTERM, SIGKILL):
+        try:
+            os.kill(pid, signal)
+        except ProcessLookupError:
+            return
+        end = poll()
+        end.register(pidfd, POLLIN)
+        if end.poll(SHIM_END_MS):
+            return
 
 
 def remove_dead_socket(bundle: str) -> bool:

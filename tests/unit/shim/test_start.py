@@ -18,7 +18,7 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from katautils.oci import CONTAINER_TYPE_ANNOTATIONS, SANDBOX_ID_ANNOTATIONS
-from shim.main import Flags
+from shim.main import NAME, Flags
 from shim.protocols import task_v2_pb2 as api
 from shim.protocols.bootstrap_pb2 import BootstrapParams, BootstrapResult, LogLevel
 from shim.protocols.runtimeoptions_pb2 import Options
@@ -29,7 +29,7 @@ from ttrpc import Client
 TIMEOUT_S = 30
 NAMESPACE = "k8s.io"
 FLAGS = ("-namespace", NAMESPACE, "-address", "/run/c.sock", "-publish-binary", "/usr/bin/containerd")
-LAUNCHER = f"import sys; sys.path += {sys.path!r}; from shim.main import main; sys.exit(main())"
+LAUNCHER = f"import sys; sys.path += {sys.path!r}\nfrom shim.main import main; sys.exit(main())\n"
 
 
 class Containerd:
@@ -38,6 +38,9 @@ class Containerd:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.sockets = directory / "s"
+        # Under its name: a shim is known by it.
+        self.launcher = directory / NAME
+        self.launcher.write_text(LAUNCHER)
 
     def bundle(self, container_id: str, annotations: dict[str, str] | None = None) -> Path:
         path = self.directory / container_id
@@ -50,7 +53,7 @@ class Containerd:
     ) -> subprocess.CompletedProcess[bytes]:
         """Returns when stdout and stderr have ended, as containerd does."""
         return subprocess.run(
-            [sys.executable, "-IS", "-c", LAUNCHER, *FLAGS, "-id", container_id, *arguments],
+            [sys.executable, "-IS", self.launcher, *FLAGS, "-id", container_id, *arguments],
             cwd=self.directory / container_id,
             env={key: value for key, value in os.environ.items() if key != "MAX_SHIM_VERSION"} | environment,
             input=input,
@@ -278,6 +281,19 @@ def test_delete_with_nothing_left_answers_that_it_was_killed(containerd: Contain
     assert not path.exists()
 
 
+@pytest.mark.parametrize("hangs", [False, True])
+def test_delete_ends_a_shim_that_containerd_has_given_up(
+    containerd: Containerd, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    bundle = containerd.bundle("c1")
+    path = containerd.start("c1")
+    ask(path, api.ConnectRequest())
+    if hangs:
+        os.kill(containerd.pid("c1"), signal.SIGSTOP)
+    assert containerd.call("c1", "-bundle", str(bundle), "delete").returncode == 0
+    containerd.wait_end("c1")
+
+
 def test_delete_of_one_container_leaves_the_pods_shim_alone(containerd: Containerd) -> None:
     annotations = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "pod"}
     containerd.bundle("pod", annotations | {"io.kubernetes.cri.container-type": "sandbox"})
@@ -301,7 +317,7 @@ def test_start_and_an_empty_delete_import_next_to_nothing(containerd: Containerd
     for action in ("start", "delete"):
         message = BootstrapParams(instance_id="c1", namespace=NAMESPACE, socket_dir=str(containerd.sockets))
         result = subprocess.run(
-            [sys.executable, "-IS", "-X", "importtime", "-c", LAUNCHER, *FLAGS, "-id", "c1", action],
+            [sys.executable, "-IS", "-X", "importtime", containerd.launcher, *FLAGS, "-id", "c1", action],
             cwd=containerd.directory / "c1",
             input=message.SerializeToString(),
             capture_output=True,
