@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -217,7 +217,7 @@ def test_a_paused_machine_is_silent_until_it_is_resumed(vm_id: str, config: VMCo
 def test_a_machine_saved_is_restored_where_it_was(
     vm_id: str, config: VMConfig, shared: Path, tmp_path: Path
 ) -> None:
-    files = {"memory_path": tmp_path / "memory", "devices_state_path": tmp_path / "state"}
+    files: dict[str, Any] = {"memory_path": tmp_path / "memory", "devices_state_path": tmp_path / "state"}
 
     async def body() -> None:
         async with machine(vm_id, changed(config, boot_to_be_template=True, **files), shared) as vm:
@@ -263,7 +263,7 @@ def test_a_broken_device_state_is_an_error_and_nothing_stays(
 ) -> None:
     (tmp_path / "memory").write_bytes(bytes(256 << 20))
     (tmp_path / "state").write_bytes(b"nothing QEMU has written")
-    files = {"memory_path": tmp_path / "memory", "devices_state_path": tmp_path / "state"}
+    files: dict[str, Any] = {"memory_path": tmp_path / "memory", "devices_state_path": tmp_path / "state"}
 
     async def body() -> None:
         vm = VM.new(vm_id, changed(config, boot_from_template=True, **files), shared_path=shared)
@@ -323,7 +323,9 @@ asyncio.run(body())
 
 
 @contextlib.contextmanager
-def owner(vm_id: str, config: VMConfig, shared: Path) -> Any:
+def owner(
+    vm_id: str, config: VMConfig, shared: Path
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any], list[int]]]:
     """A process that has a machine; gives it with what it persisted and the machine's pids."""
     import pickle
 
