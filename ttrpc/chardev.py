@@ -75,6 +75,10 @@ class _Transport(asyncio.Transport):
     def abort(self) -> None:
         self.close()
 
+    def get_write_buffer_size(self) -> int:
+        """What is written is the channel's, which outlives the connection."""
+        return 0
+
     def pause_reading(self) -> None:
         self._channel.pause(self)
 
@@ -197,6 +201,9 @@ class _Host(asyncio.Protocol):
 
     def closed(self, transport: _Transport) -> None:
         self._raw.close()
+        if self._raw.get_write_buffer_size():
+            # A guest that does not read would keep the socket open.
+            self._raw.abort()
         if self._inner is not None:
             asyncio.get_running_loop().call_soon(self._inner.lose)
 

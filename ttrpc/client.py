@@ -161,8 +161,7 @@ class Client:
         if not receiver.cancelled() and (error := receiver.exception()) is not None:
             log.error("connection with %s ended", framing.peer_name(self._writer), exc_info=error)
         self._ended.set()
-        # Not close: it waits for a peer that may never read.
-        self._writer.transport.abort()
+        framing.abort(self._writer)
         for answer in self._unary.values():
             if not answer.done():
                 answer.set_exception(ConnectionClosed(self._reason))

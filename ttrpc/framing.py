@@ -92,3 +92,11 @@ def peer_name(writer: asyncio.StreamWriter) -> str:
         if name:
             return name if isinstance(name, str) else repr(name)
     return "a peer without a name"
+
+
+def abort(writer: asyncio.StreamWriter) -> None:
+    """End the connection now. Not close, which waits for a peer that may never read."""
+    transport = writer.transport
+    # asyncio's own abort fails on a transport that has closed after a flush.
+    if not transport.is_closing() or transport.get_write_buffer_size():
+        transport.abort()

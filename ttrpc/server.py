@@ -166,7 +166,7 @@ class _Connection:
         self._writer.close()
 
     def abort(self) -> None:
-        self._writer.transport.abort()
+        framing.abort(self._writer)
 
     async def run(self) -> None:
         try:
@@ -181,7 +181,6 @@ class _Connection:
         except OSError as error:
             log.debug("connection on %s ended: %s", framing.peer_name(self._writer), error)
         finally:
-            # Not close: it waits for a peer that may never read.
             self.abort()
             for task in self.tasks:
                 task.cancel()

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.unit.ttrpc.echo import ECHO, EchoHandler, Text
 from ttrpc import Client, ConnectionClosed, Server
@@ -15,11 +17,11 @@ from ttrpc.chardev import ChardevListener, connect_chardev
 
 
 @contextlib.asynccontextmanager
-async def guest(end: socket.socket) -> AsyncIterator[EchoHandler]:
+async def guest(end: socket.socket, listener: ChardevListener | None = None) -> AsyncIterator[EchoHandler]:
     """The guest's side on one end: a listener that serves one host after another."""
     server, handler = Server(), EchoHandler()
     server.register(ECHO, handler)
-    listener = ChardevListener(os.dup(end.fileno()))
+    listener = listener or ChardevListener(os.dup(end.fileno()))
 
     async def serve() -> None:
         while True:
@@ -138,5 +140,50 @@ def test_closing_the_channel_ends_the_hosts_calls() -> None:
             guest_end.shutdown(socket.SHUT_RDWR)
             with pytest.raises(ConnectionClosed):
                 await call
+
+    run(body)
+
+
+def test_a_host_that_does_not_read_is_not_read_and_fills_nothing() -> None:
+    async def body(host_end: socket.socket, guest_end: socket.socket) -> None:
+        listener = ChardevListener(os.dup(guest_end.fileno()))
+        async with guest(guest_end, listener):
+            client = await connect(host_end)
+            client._reader._transport.pause_reading()  # type: ignore[attr-defined]
+            data = bytes(range(256)) * 4096
+            calls = [
+                asyncio.create_task(client.service(ECHO).say(Text(data=data), timeout_s=30))
+                for _ in range(20)
+            ]
+            done, _ = await asyncio.wait(calls, timeout=1)
+            assert not done
+            assert len(listener._out) < 3 << 20
+            assert client._writer.transport._channel._raw.get_write_buffer_size() < 3 << 20  # type: ignore[attr-defined]
+
+            client._reader._transport.resume_reading()  # type: ignore[attr-defined]
+            for answer in await asyncio.gather(*calls):
+                assert answer.data == data
+            await client.close()
+
+    run(body)
+
+
+_noise = st.one_of(
+    st.binary(max_size=50),
+    st.sampled_from([b"\x7e", b"\x7d", b"\n", b"0" * 32, b"\x7e" + b"a" * 31, b"\x7e" + b"a" * 32]),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(_noise, max_size=6), st.lists(_noise, max_size=6))
+def test_any_noise_in_the_channel_is_overcome(to_guest: list[bytes], to_host: list[bytes]) -> None:
+    async def body(host_end: socket.socket, guest_end: socket.socket) -> None:
+        host_end.send(b"".join(to_guest) or b"-")
+        guest_end.send(b"".join(to_host) or b"-")
+        async with guest(guest_end):
+            client = await connect(host_end)
+            data = bytes(range(256))
+            assert (await client.service(ECHO).say(Text(data=data), timeout_s=30)).data == data
+            await client.close()
 
     run(body)
