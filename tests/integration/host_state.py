@@ -1,4 +1,8 @@
-"""What of this host a container may touch, as sets that can be compared before and after."""
+"""What of this host a container may touch, as sets that can be compared before and after.
+
+Where things carry the id of their pod, only those of this test run count: others may use the machine
+meanwhile. What carries no id is compared as a whole.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,17 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-ROOTS = ("/run/vc", "/run/kata-containers", "/run/containerd", "/dev/shm", "/run/netns")
-"""Everything below counts: state, sockets, shares, stdio's fifos, memory files, network namespaces."""
+OWN_ID = f"-{os.getpid()}-"
+"""In the ids of all containers and pods of this test run, see `harness.new_id`."""
 
-OURS = ("/run/vc/", "/run/kata-containers/", "containerd-shim")
-"""A process belongs to a container when its command line has one of these."""
+PER_POD = re.compile(
+    r"/run/vc/(sbs|vm)/."
+    r"|/run/kata-containers/shared/sandboxes/."
+    r"|/run/containerd/(fifo|runc/[^/]+)/."
+)
+"""Below these everything belongs to one pod, which the path names."""
 
-SOCKETS = ("/run/containerd/", *OURS)
+ROOTS = ("/run/vc", "/run/kata-containers", "/run/containerd", "/run/netns", "/dev/shm")
 
 PERMANENT = frozenset(
     (
@@ -55,13 +63,14 @@ class HostState:
 
 def look(state_directories: frozenset[Path] = frozenset()) -> HostState:
     """`state_directories`: of containerds whose bundles count as well."""
+    sockets = _unix_sockets()
     return HostState(
         processes=frozenset(_processes()),
         mounts=frozenset(_mounts()),
         network_links=frozenset(link.name for link in Path("/sys/class/net").iterdir()),
-        cgroups=frozenset(_cgroups()),
-        unix_sockets=frozenset(_unix_sockets()),
-        paths=frozenset(path for root in ROOTS for path in _below(root)) - PERMANENT,
+        cgroups=frozenset(name for name, _, _ in os.walk("/sys/fs/cgroup") if OWN_ID in name),
+        unix_sockets=frozenset(path for path in sockets if OWN_ID in path),
+        paths=frozenset(path for root in ROOTS for path in _below(root, sockets)) - PERMANENT,
         bundles=frozenset(
             str(bundle)
             for state in state_directories
@@ -89,7 +98,7 @@ def _processes() -> list[str]:
             arguments = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if any(part in arguments for part in OURS):
+        if OWN_ID in arguments:
             found.append(f"{entry.name} {arguments[:300]}")
     return found
 
@@ -99,29 +108,24 @@ def _mounts() -> list[str]:
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, right = line.split(" - ")
         mounts.append(f"{right.split()[0]} on {left.split()[4]}")
-    return mounts
+    return [mount for mount in mounts if OWN_ID in mount]
 
 
-def _cgroups() -> list[str]:
-    # Services, users and whoever runs the tests have theirs, which come and go: ours are known by name.
-    ours = re.compile(rf"/default/|/k8s\.io/|-{os.getpid()}-|/kata|/vc")
-    return [directory for directory, _, _ in os.walk("/sys/fs/cgroup") if ours.search(directory)]
+def _unix_sockets() -> set[str]:
+    """Paths that somebody holds."""
+    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
+    return {"".join(line.split(maxsplit=7)[7:]) for line in lines}
 
 
-def _unix_sockets() -> list[str]:
-    paths = []
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
-        name = "".join(line.split(maxsplit=7)[7:])
-        if any(part in name for part in SOCKETS):
-            paths.append(name)
-    return paths
-
-
-def _below(root: str) -> list[str]:
+def _below(root: str, sockets: set[str]) -> list[str]:
     mount_points = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
     found = []
     for directory, names, files in os.walk(root):
-        found += [f"{directory}/{name}" for name in names + files]
+        for path in (f"{directory}/{name}" for name in names + files):
+            # A shim's socket has a hash for its name: it is left behind when its shim is not there any more.
+            others = PER_POD.match(path) and OWN_ID not in path
+            if not others and not (directory == "/run/containerd/s" and path in sockets):
+                found.append(path)
         # What is in a mount belongs to the mount, which is counted itself.
         names[:] = [name for name in names if f"{directory}/{name}" not in mount_points]
     return found
