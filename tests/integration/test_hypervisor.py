@@ -30,8 +30,8 @@ from virtcontainers.config import (
 from virtcontainers.errors import KataError
 from virtcontainers.factory import Factory, new_factory
 from virtcontainers.factory.direct import Direct
-from virtcontainers.hypervisor import qemu, vhost_vsock, virtiofsd
-from virtcontainers.hypervisor.base import BootTimeout, HypervisorError, VMState
+from virtcontainers.hypervisor import qemu, qmp, vhost_vsock, virtiofsd
+from virtcontainers.hypervisor.base import BootTimeout, HypervisorError, QMPFailed, VMState
 from virtcontainers.hypervisor.process import find_processes
 from virtcontainers.hypervisor.qemu import Qemu
 from virtcontainers.vm import VM, VMConfig
@@ -301,6 +301,31 @@ def test_the_death_of_virtiofsd_is_told(vm_id: str, config: VMConfig, shared: Pa
             os.kill(virtiofsd_pid, signal.SIGKILL)
             reason = await asyncio.wait_for(watch, 20)
             assert reason.startswith(f"virtiofsd (pid {virtiofsd_pid}) was killed by SIGKILL")
+
+    asyncio.run(body())
+
+
+def test_a_frozen_qemu_is_a_qmp_timeout_and_can_be_stopped_by_many(
+    vm_id: str, config: VMConfig, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        async with machine(vm_id, config, shared) as vm:
+            os.kill(vm.hypervisor.pid, signal.SIGSTOP)
+            monkeypatch.setattr(qmp.QMP.execute, "__kwdefaults__", {"timeout_s": 1.0})
+            with pytest.raises(QMPFailed, match="QMP stop: no answer within 1 s"):
+                await vm.pause()
+            await asyncio.gather(vm.stop(), vm.stop(), vm.hypervisor.stop_vm())
+
+    asyncio.run(body())
+
+
+def test_a_dead_qemu_is_a_qmp_failure(vm_id: str, config: VMConfig, shared: Path) -> None:
+    async def body() -> None:
+        async with machine(vm_id, config, shared) as vm:
+            os.kill(vm.hypervisor.pid, signal.SIGKILL)
+            await vm.hypervisor.wait_dead()
+            with pytest.raises(QMPFailed, match="QMP stop: the connection to QEMU ended"):
+                await vm.pause()
 
     asyncio.run(body())
 

@@ -243,8 +243,9 @@ class Qemu(Hypervisor):
     async def stop_vm(self) -> None:
         self.state = VMState.STOPPED
         self._release_guest_cid()
-        if self._qmp is not None:
-            await self._qmp.close()
+        qmp, self._qmp = self._qmp, None  # closing it twice at a time is an error
+        if qmp is not None:
+            await qmp.close()
         if self._qemu is not None:
             await self._qemu.terminate()
         await asyncio.gather(*(daemon.terminate() for daemon in self._daemons))
