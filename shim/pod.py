@@ -10,7 +10,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,15 +133,22 @@ class Pod:
         self._pid = 0
         self._containers: dict[str, TaskContainer] = {}
         self._creating: set[str] = set()
+        self._when_empty: Callable[[], None] | None = None
         self._create_lock = asyncio.Lock()
         self._watchers: set[asyncio.Task[None]] = set()
         """Of the machine."""
         self._teardown: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[Any]] = set()
 
-    @property
-    def is_empty(self) -> bool:
-        return not self._containers and not self._creating
+    def when_empty(self, act: Callable[[], None]) -> None:
+        """Act now when there are no containers; when one is only being created, if that fails. Otherwise
+        never."""
+        if self._containers:
+            return
+        if self._creating:
+            self._when_empty = act
+        else:
+            act()
 
     def pid(self, container_id: str) -> int:
         """The hypervisor's: no other process of the container is on the host."""
@@ -179,8 +186,11 @@ class Pod:
             async with self._create_lock:
                 created = await self._create(container_id, bundle, rootfs, stdio, runtime_config_path)
             self._containers[container_id] = created
+            self._when_empty = None
         finally:
             self._creating.discard(container_id)
+            if self._when_empty is not None:
+                self.when_empty(self._when_empty)
         self._publisher.publish(
             events_pb2.TaskCreate(
                 container_id=container_id,

@@ -151,9 +151,9 @@ class TaskService:
         return api.ConnectResponse(shim_pid=os.getpid(), task_pid=pid)
 
     async def shutdown(self, request: api.ShutdownRequest, context: Context) -> Empty:
-        """Ignored while there are containers: containerd says it after each of them."""
-        if self._pod.is_empty:
-            self._shutdown()
+        """Ignored while there are containers: containerd says it after each of them, and also to give up one
+        that is being created."""
+        self._pod.when_empty(self._shutdown)
         return Empty()
 
 

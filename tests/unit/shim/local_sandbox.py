@@ -195,6 +195,9 @@ class LocalKata:
         self.config_path: Path | None = None
         self.refuse: Exception | None = None
         self.post_stopped: list[str] = []
+        self.creating = asyncio.Event()
+        self.may_create = asyncio.Event()
+        self.may_create.set()
         self.starting = asyncio.Event()
         self.may_start = asyncio.Event()
         self.may_start.set()
@@ -229,6 +232,8 @@ class LocalKata:
         return sandbox.containers[container_id]
 
     async def _check(self) -> None:
+        self.creating.set()
+        await self.may_create.wait()
         if self.refuse is not None:
             raise self.refuse
 

@@ -24,7 +24,7 @@ from shim.protocols.runtimeoptions_pb2 import Options
 from shim.protocols.task_types_pb2 import CREATED, PAUSED, RUNNING, STOPPED
 from shim.service import TaskService, map_error
 from tests.unit.shim.local_sandbox import LocalKata, until
-from ttrpc import Client, Code, ConnectionClosed, Server, StatusError, Stub
+from ttrpc import Client, Code, ConnectionClosed, Server, StatusError
 from virtcontainers.errors import InvalidArgumentError
 
 TIMEOUT_S = 30
@@ -51,12 +51,20 @@ class Published:
 class Shim:
     """A served pod and its client."""
 
-    def __init__(self, directory: Path, kata: LocalKata, task: Stub, events: Published) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        kata: LocalKata,
+        client: Client,
+        events: Published,
+        is_shut_down: asyncio.Event,
+    ) -> None:
         self.directory = directory
         self.kata = kata
-        self.task: Any = task
+        self.client = client
+        self.task: Any = client.service(api.DESCRIPTOR.services_by_name["Task"])
         self.events = events
-        self.is_shut_down = asyncio.Event()
+        self.is_shut_down = is_shut_down
 
     async def create(self, container_id: str = "c1", *command: str, **request: Any) -> api.CreateTaskResponse:
         self.kata.specs[container_id] = {"args": command or ("sleep", "1000")}
@@ -112,8 +120,7 @@ async def serving(directory: Path) -> AsyncIterator[Shim]:
         TaskService(pod, is_shut_down.set).register(server)
         serving = asyncio.create_task(server.serve(listener))
         client = await Client.connect(directory / "socket")
-        served = Shim(directory, kata, client.service(api.DESCRIPTOR.services_by_name["Task"]), events)
-        served.is_shut_down = is_shut_down
+        served = Shim(directory, kata, client, events, is_shut_down)
         try:
             yield served
         finally:
@@ -190,6 +197,25 @@ def test_a_refused_creation_is_an_error_and_leaves_nothing(tmp_path: Path) -> No
         assert shim.events.events == []
         await shim.task.shutdown(api.ShutdownRequest(id="c1"))
         await shim.is_shut_down.wait()
+
+    run(tmp_path, body)
+
+
+def test_a_creation_that_is_given_up_is_the_end(tmp_path: Path) -> None:
+    """What containerd does when its client goes away meanwhile."""
+
+    async def body(shim: Shim) -> None:
+        shim.kata.may_create.clear()
+        creating = asyncio.create_task(shim.create())
+        await shim.kata.creating.wait()
+        await refused(Code.NOT_FOUND, shim.delete())
+        await shim.task.shutdown(api.ShutdownRequest(id="c1"))
+        assert not shim.is_shut_down.is_set()
+        await shim.client.close()
+        with pytest.raises(ConnectionClosed):
+            await creating
+        await shim.is_shut_down.wait()
+        assert shim.events.events == []
 
     run(tmp_path, body)
 
