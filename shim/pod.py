@@ -11,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,6 +49,9 @@ START_FAILED = 255
 
 DRAIN_IDLE_S = 2.0
 """After a process has exited: how long output that does not move holds its exit back."""
+
+NOTICED_S = 5.0
+"""After the machine's end: for the processes' own ends to be noticed."""
 
 EXECS_END_S = 5.0
 """How long an init's exit waits for those of its execs, which the guest has killed."""
@@ -135,6 +139,7 @@ class Pod:
         self._creating: set[str] = set()
         self._when_empty: Callable[[], None] | None = None
         self._create_lock = asyncio.Lock()
+        self._is_closed = False
         self._watchers: set[asyncio.Task[None]] = set()
         """Of the machine."""
         self._teardown: asyncio.Task[None] | None = None
@@ -212,6 +217,8 @@ class Pod:
         stdio: Stdio,
         runtime_config_path: Path | None,
     ) -> TaskContainer:
+        if self._is_closed:
+            raise UnavailableError(f"container {container_id}: the shim of its pod is ending")
         mounts = [
             Mount(type=mount.type, source=mount.source, options=tuple(mount.options), target=mount.target)
             for mount in rootfs
@@ -486,9 +493,14 @@ class Pod:
         return container.container
 
     async def close(self) -> None:
-        """End whatever there is: the shim was told to end."""
+        """End whatever there is, and publish it; nothing can be created any more."""
         # A creation that was interrupted is still being undone.
         async with self._create_lock:
+            self._is_closed = True
+            self._begin_teardown()
+            if self._teardown is not None:
+                await self._teardown
+            await self._end_all()
             await self._delete_sandbox()
 
     async def _watch_machine(self, sandbox: Sandbox) -> None:
@@ -500,7 +512,12 @@ class Pod:
         self._spawn(self._end_all())
 
     async def _end_all(self) -> None:
-        containers = self._containers.values()
+        """The machine is gone, and whoever waits for a process in it is about to notice."""
+        inits = [container.init for container in self._containers.values()]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(NOTICED_S):
+                await asyncio.gather(*(init.has_exited.wait() for init in inits if init.watcher))
+        containers = list(self._containers.values())
         await asyncio.gather(*(self._end(container, container.init, KILLED) for container in containers))
         self._begin_teardown()
 

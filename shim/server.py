@@ -78,10 +78,11 @@ async def _serve(flags: Flags, listener: socket.socket, path: str) -> None:
     serving = asyncio.create_task(server.serve(listener))
     log.info("serving %s in namespace %s", flags.id, flags.namespace)
     await stopped.wait()
-    await server.shutdown(_GRACE_S)
-    await serving
+    # The connections are the last to go: containerd calls `delete` when they do.
     await pod.close()
     await publisher.close(_EVENTS_S)
+    await server.shutdown(_GRACE_S)
+    await serving
 
 
 def adjust_oom_score() -> None:

@@ -55,12 +55,14 @@ class Shim:
         self,
         directory: Path,
         kata: LocalKata,
+        pod: Pod,
         client: Client,
         events: Published,
         is_shut_down: asyncio.Event,
     ) -> None:
         self.directory = directory
         self.kata = kata
+        self.pod = pod
         self.client = client
         self.task: Any = client.service(api.DESCRIPTOR.services_by_name["Task"])
         self.events = events
@@ -120,7 +122,7 @@ async def serving(directory: Path) -> AsyncIterator[Shim]:
         TaskService(pod, is_shut_down.set).register(server)
         serving = asyncio.create_task(server.serve(listener))
         client = await Client.connect(directory / "socket")
-        served = Shim(directory, kata, client, events, is_shut_down)
+        served = Shim(directory, kata, pod, client, events, is_shut_down)
         try:
             yield served
         finally:
@@ -414,6 +416,19 @@ def test_a_dead_machine_ends_every_process_and_the_pod_can_be_deleted(tmp_path: 
         for container_id in ("c2", "c3", "c1"):
             assert (await shim.delete(container_id)).exit_status == 137
         assert shim.kata.sandbox.is_deleted
+
+    run(tmp_path, body)
+
+
+def test_an_end_from_outside_is_published_too(tmp_path: Path) -> None:
+    async def body(shim: Shim) -> None:
+        await shim.run("c1", "sleep", "1000")
+        await shim.create("c2")
+        await shim.pod.close()
+        assert [await shim.wait("c1"), await shim.wait("c2")] == [137, 137]
+        assert {exit_.id for exit_ in shim.events.of(events_pb2.TaskExit)} == {"c1", "c2"}
+        assert shim.kata.sandbox and shim.kata.sandbox.is_deleted
+        await refused(Code.UNAVAILABLE, shim.create("c3"))
 
     run(tmp_path, body)
 
