@@ -122,7 +122,7 @@ async def connect_chardev(
     The handshake is repeated until the guest answers it: the guest may not have opened its port yet. Raises
     TimeoutError after `timeout_s`, ConnectionError when the socket closes; the raw streams are closed then.
     """
-    host = _Host(writer.transport)  # type: ignore[arg-type]
+    host = _Host(writer)
     writer.transport.set_protocol(host)
     writer.transport.resume_reading()  # type: ignore[attr-defined]
     if reader.at_eof():
@@ -145,8 +145,10 @@ async def connect_chardev(
 
 
 class _Host(asyncio.Protocol):
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._raw = transport
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        # Kept: a writer that is collected closes its transport, since Python 3.12.
+        self._writer = writer
+        self._raw: Any = writer.transport
         self._nonces: list[bytes] = []
         self._seen = b""
         self._inner: _Inner | None = None
