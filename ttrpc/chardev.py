@@ -86,7 +86,7 @@ class _Transport(asyncio.Transport):
         self._channel.resume(self)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return default
+        return "a serial port" if name == "peername" else default
 
 
 class _Inner:

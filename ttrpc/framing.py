@@ -91,7 +91,7 @@ def peer_name(writer: asyncio.StreamWriter) -> str:
         name = writer.get_extra_info(side)
         if name:
             return name if isinstance(name, str) else repr(name)
-    return "a peer without a name"
+    return "an unnamed socket"
 
 
 def abort(writer: asyncio.StreamWriter) -> None:
