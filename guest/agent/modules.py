@@ -34,7 +34,7 @@ def load_module(name: str, parameters: Iterable[str] = ()) -> None:
     """Raises FileNotFoundError for a module the image does not have, OSError when the kernel refuses it."""
     directory = f"/lib/modules/{os.uname().release}"
     wanted = name.replace("-", "_")
-    if os.path.exists(f"/sys/module/{wanted}"):
+    if _is_live(wanted):
         return
     found = find_module(directory, wanted)
     if found is None:
@@ -45,6 +45,15 @@ def load_module(name: str, parameters: Iterable[str] = ()) -> None:
     for dependency in dependencies:
         _load(f"{directory}/{dependency}")
     _load(f"{directory}/{path}", " ".join(parameters))
+
+
+def _is_live(name: str) -> bool:
+    """Loaded, and not just being loaded; what is built in has no state."""
+    try:
+        with open(f"/sys/module/{name}/initstate") as file:
+            return file.read().strip() == "live"
+    except FileNotFoundError:
+        return os.path.exists(f"/sys/module/{name}")
 
 
 def _load(path: str, parameters: str = "") -> None:

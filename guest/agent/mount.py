@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable
@@ -82,7 +83,17 @@ def mount(source: str, target: str, fstype: str, options: Iterable[str] = ()) ->
             pass
     else:
         os.makedirs(target, exist_ok=True)
-    linux.mount(source, target, fstype, flags, data)
+    try:
+        linux.mount(source, target, fstype, flags, data)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        # The kernel has sent modprobe for the file system, which takes a module for loaded that another is
+        # still loading. The kernel itself waits for the other.
+        from guest.agent.modules import load_module
+
+        load_module(fstype)
+        linux.mount(source, target, fstype, flags, data)
     if flags & linux.MS_BIND and flags & ~(linux.MS_BIND | linux.MS_REC):
         # A bind takes no other flags until it is remounted.
         linux.mount(source, target, fstype, (flags & ~linux.MS_REC) | linux.MS_REMOUNT)
