@@ -203,7 +203,8 @@ def build(packages: Sequence[apt.Package], store: Path, work: Path, progress: Pr
         # As fast to boot as an uncompressed one (zstd and gzip are not), and the machine touches less memory:
         # it holds both the archive and what comes out of it. -l is the format that the kernel reads.
         packed = tree.filter("lz4", "-l", "-9", "-c", data=cpio.pack(entries))
-        (work / "initrd.img").write_bytes(packed)
+        # The zeros end the LZ4 stream, whatever comes after: another archive can be appended.
+        (work / "initrd.img").write_bytes(packed + bytes(4 + -len(packed) % 4))
     shutil.rmtree(tree.directory)
     shutil.rmtree(work / "bytecode")
     empty.unlink()
