@@ -37,7 +37,7 @@ busybox poweroff -f
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The image of the present sources, from the cache where it has it."""
     output = tmp_path_factory.mktemp("guest")
-    command = [sys.executable, "-m", "guest.image.build", "--output", output, "--cache", CACHE / "guest"]
+    command = [sys.executable, "-m", "guest.image.build", f"--output={output}", f"--cache={CACHE}/guest"]
     subprocess.run(command, cwd=REPO, check=True)
     return output
 
@@ -132,7 +132,7 @@ def test_programs_find_their_libraries(image: Path, tmp_path: Path) -> None:
 def test_the_same_packages_and_sources_make_the_same_image(image: Path, tmp_path: Path) -> None:
     # A cache that has the packages, and no image.
     (tmp_path / "packages").symlink_to(CACHE / "guest/packages")
-    command = [sys.executable, "-m", "guest.image.build", "--output", tmp_path / "again", "--cache", tmp_path]
+    command = [sys.executable, "-m", "guest.image.build", f"--output={tmp_path}/again", f"--cache={tmp_path}"]
     subprocess.run(command, cwd=REPO, check=True)
     for name in ("vmlinuz", "initrd.img", "manifest.json"):
         assert (tmp_path / "again" / name).read_bytes() == (image / name).read_bytes(), name
