@@ -274,6 +274,7 @@ class Pod:
                     if not _NO_COMMAND.search(no_command):
                         await self._end(container, task, START_FAILED, publish=False)
                         raise
+                task.require(CREATED)  # the machine may have died meanwhile, and with it the process
             task.status = RUNNING
             self._publisher.publish(
                 events_pb2.TaskExecStarted(container_id=container.id, exec_id=task.exec_id, pid=self._pid)
@@ -420,9 +421,9 @@ class Pod:
         container, task = self.container(container_id), self.task(container_id, exec_id)
         if task.status == STOPPED or task.is_ending:
             raise NotFoundError(f"process {task.id}: process already finished")
-        if task.status == CREATED:
-            await self._kill_created(container, task, signal)
-        elif task.exec_id:
+        if task.status == CREATED and await self._finish(self._kill_created(container, task, signal)):
+            return
+        if task.exec_id:
             assert task.process is not None
             await task.process.signal(signal)
         else:
@@ -433,14 +434,21 @@ class Pod:
                 # It has stopped, and its watcher is about to say so.
                 raise NotFoundError(f"process {task.id}: process already finished") from error
 
-    async def _kill_created(self, container: TaskContainer, task: Task, signal: int) -> None:
-        if task.exec_id:
-            task.require(RUNNING)
-        if signal not in (SIGKILL, SIGTERM):
-            raise FailedPreconditionError(f"container {container.id} is created, expected running")
-        if container.container is not None:
-            await container.container.stop(force=True)
-        await self._finish(self._end(container, task, 128 + signal))
+    async def _kill_created(self, container: TaskContainer, task: Task, signal: int) -> bool:
+        """False when it is not created any more: its start was under way."""
+        async with container.lock:
+            if task.is_ending or task.status == STOPPED:
+                raise NotFoundError(f"process {task.id}: process already finished")
+            if task.status != CREATED:
+                return False
+            if task.exec_id:
+                task.require(RUNNING)
+            if signal not in (SIGKILL, SIGTERM):
+                raise FailedPreconditionError(f"container {container.id} is created, expected running")
+            if container.container is not None:
+                await container.container.stop(force=True)
+            await self._end(container, task, 128 + signal)
+            return True
 
     async def pause(self, container_id: str) -> None:
         await self._finish(self._pause(self.container(container_id)))
@@ -452,8 +460,10 @@ class Pod:
             container.init.status = PAUSING
             try:
                 await container.container.pause()
+                container.init.require(PAUSING)  # it may have ended meanwhile
             except BaseException:
-                container.init.status = RUNNING
+                if container.init.status == PAUSING:
+                    container.init.status = RUNNING
                 raise
             container.init.status = PAUSED
             self._publisher.publish(events_pb2.TaskPaused(container_id=container.id))
@@ -466,6 +476,7 @@ class Pod:
             container.init.require(PAUSED)
             assert container.container is not None
             await container.container.resume()
+            container.init.require(PAUSED)
             container.init.status = RUNNING
             self._publisher.publish(events_pb2.TaskResumed(container_id=container.id))
 

@@ -211,11 +211,13 @@ class Container:
     async def pause(self) -> None:
         self.require(ContainerState.RUNNING)
         await self.sandbox.agent.pause_container(self.id)
+        self.require(ContainerState.RUNNING)  # it may have ended meanwhile
         self.state = ContainerState.PAUSED
 
     async def resume(self) -> None:
         self.require(ContainerState.PAUSED)
         await self.sandbox.agent.resume_container(self.id)
+        self.require(ContainerState.PAUSED)
         self.state = ContainerState.RUNNING
 
     async def update(self, resources: dict[str, Any]) -> None:

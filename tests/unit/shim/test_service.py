@@ -494,6 +494,46 @@ def test_the_client_may_go_while_something_is_done(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
+def test_a_container_killed_while_it_starts_ends(tmp_path: Path) -> None:
+    async def body(shim: Shim) -> None:
+        await shim.create("c1", "sleep", "1000")
+        shim.kata.may_start.clear()
+        starting = asyncio.create_task(shim.task.start(api.StartRequest(id="c1")))
+        await shim.kata.starting.wait()
+        killing = asyncio.create_task(shim.kill())
+        # Answered after it, on the same connection: the kill has arrived.
+        await shim.state()
+        shim.kata.may_start.set()
+        await asyncio.gather(starting, killing)
+        assert await shim.wait() == 137
+        assert (await shim.delete()).exit_status == 137
+        assert shim.events.names == ["TaskCreate", "TaskStart", "TaskExit", "TaskDelete"]
+
+    run(tmp_path, body)
+
+
+@pytest.mark.parametrize("change", ["pause", "resume"])
+def test_a_container_that_ends_while_it_is_paused_or_resumed_stays_ended(tmp_path: Path, change: str) -> None:
+    async def body(shim: Shim) -> None:
+        await shim.run("c1", "sleep", "1000")
+        if change == "resume":
+            await shim.task.pause(api.PauseRequest(id="c1"))
+        assert shim.kata.sandbox
+        container = shim.kata.sandbox.containers["c1"]
+
+        async def end_meanwhile() -> None:
+            await container.process.kill()
+            await shim.wait()
+
+        setattr(container, change, end_meanwhile)
+        request = api.PauseRequest(id="c1") if change == "pause" else api.ResumeRequest(id="c1")
+        await refused(Code.FAILED_PRECONDITION, getattr(shim.task, change)(request))
+        assert (await shim.state()).status == STOPPED
+        assert (await shim.delete()).exit_status == 137
+
+    run(tmp_path, body)
+
+
 def test_connect_and_pids(tmp_path: Path) -> None:
     async def body(shim: Shim) -> None:
         connected = await shim.task.connect(api.ConnectRequest(id="c1"))
