@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from virtcontainers.errors import (
     UnimplementedError,
 )
 from virtcontainers.fs_share import FilesystemShare
+from virtcontainers.hypervisor.base import HypervisorError
 from virtcontainers.vm import VM, VMConfig
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 """As containerd's identifiers: ids become names of files."""
 
 _DESTROY_TIMEOUT_S = 10.0
+_DEATH_TIMEOUT_S = 1.0
 
 Hook = Callable[["Sandbox"], Awaitable[None]]
 
@@ -103,6 +105,33 @@ class Sandbox:
             await asyncio.wait({machine})
             raise
         await machine
+        await self._while_machine_lives(self._set_up_guest(container, prestart))
+
+    async def _while_machine_lives(self, work: Coroutine[Any, Any, None]) -> None:
+        """`work`, but not longer than the machine lives.
+
+        A guest without its virtiofsd would not answer until a timeout, and a connection that ends does not
+        say why. Raises HypervisorError with what died, and what `work` raises.
+        """
+        assert self._vm is not None
+        working = asyncio.create_task(work)
+        death = asyncio.create_task(self._vm.hypervisor.wait_dead())
+        try:
+            await asyncio.wait({working, death}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done() and isinstance(working.exception(), UnavailableError):
+                # The connection's end is seen before the death that caused it.
+                await asyncio.wait({death}, timeout=_DEATH_TIMEOUT_S)
+            if death.done() and not (working.done() and working.exception() is None):
+                self.is_dead = True
+                raise HypervisorError(f"sandbox {self.id}: its machine ended: {death.result()}")
+            await working
+        finally:
+            for task in (working, death):
+                task.cancel()
+            await asyncio.wait({working, death})
+
+    async def _set_up_guest(self, container: Container, prestart: Hook | None) -> None:
+        config = self.config
         if prestart is not None:
             await prestart(self)
         if config.agent.policy:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import new_id
+from harness import new_id, processes_of
 
+from agent_client.client import REQUEST_TIMEOUT_S
 from virtcontainers import persist
 from virtcontainers.cleanup import cleanup
 from virtcontainers.config import (
@@ -39,7 +40,7 @@ from virtcontainers.errors import (
     UnavailableError,
 )
 from virtcontainers.factory.direct import Direct
-from virtcontainers.sandbox import create_sandbox
+from virtcontainers.sandbox import Sandbox, create_sandbox
 
 CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SYS_ADMIN"]
 
@@ -235,6 +236,29 @@ async def body():
 
 asyncio.run(body())
 """
+
+
+@pytest.mark.parametrize(
+    ("shared_fs", "victim"), [(SharedFS.VIRTIO_9P, "qemu-system"), (SharedFS.VIRTIO_FS, "virtiofsd")]
+)
+def test_a_machine_that_dies_while_its_guest_is_set_up_is_the_reason(
+    tmp_path: Path, guest_image: Path, shared_fs: SharedFS, victim: str
+) -> None:
+    async def body() -> None:
+        pod = new_id("pod")
+        config = sandbox_config(tmp_path, guest_image, pod, spec("true"), shared_fs=shared_fs)
+
+        async def kill(sandbox: Sandbox) -> None:
+            for pid in processes_of(pod, victim):
+                os.kill(pid, signal.SIGKILL)
+
+        started_at = asyncio.get_running_loop().time()
+        with pytest.raises(KataError, match=f"its machine ended: {victim.split('-')[0]}.*SIGKILL"):
+            await create_sandbox(config, Direct(), prestart=kill)
+        # Without virtiofsd the guest would be waited for until the agent's timeout.
+        assert asyncio.get_running_loop().time() - started_at < REQUEST_TIMEOUT_S
+
+    asyncio.run(body())
 
 
 def test_cleanup_takes_a_pod_off_the_host_whose_owner_was_killed(tmp_path: Path, guest_image: Path) -> None:
