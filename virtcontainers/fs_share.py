@@ -7,6 +7,7 @@ read-only slave of `mounts`, so that the guest can neither make nor rename anyth
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import secrets
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from pathlib import Path
 
 from virtcontainers import mount
 from virtcontainers.config import GUEST_SHARED_DIR, SHARED_SANDBOXES, RootFs
+
+_NAME_LIMIT_BYTES = 255
+"""NAME_MAX of <linux/limits.h>."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,9 @@ class FilesystemShare:
     def share_file(self, container_id: str, source: Path, destination: str, *, readonly: bool) -> str:
         """Share one bind mount's source, file or directory with all that is mounted in it; returns its path
         in the guest. Read-only is enforced here, on the host, not left to the guest."""
+        # Kata's name, which its policies know; the end of a long one is cut to what a file system takes.
         name = f"{container_id}-{secrets.token_hex(8)}-{Path(destination).name or 'root'}"
+        name = os.fsencode(name)[:_NAME_LIMIT_BYTES].decode(errors="ignore")
         target = self._mounts / name
         if not readonly:
             mount.bind_mount(source, target, recursive=True)

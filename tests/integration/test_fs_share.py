@@ -110,6 +110,12 @@ def test_unsharing_one_container_leaves_its_namesakes(share: FilesystemShare, tm
     assert list(share.shared_path.iterdir()) == [kept]
 
 
+def test_a_destination_with_the_longest_name_is_shared(share: FilesystemShare, tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("content")
+    seen = guest_side(share, share.share_file("web", tmp_path / "f", "/" + "\u00fc" * 127, readonly=False))
+    assert seen.read_text() == "content"
+
+
 def test_missing_source_is_named(share: FilesystemShare, tmp_path: Path) -> None:
     with pytest.raises(KataError, match=r"source .*/nowhere: No such file"):
         share.share_file("web", tmp_path / "nowhere", "/data", readonly=False)
