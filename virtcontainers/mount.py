@@ -267,7 +267,7 @@ def remove_mountpoints(path: Path) -> None:
     """Remove a tree of mount points: directories, and empty files that were bound over.
 
     Never deletes content: a file with bytes in it or a mount that is still there ends it with KataError.
-    Call after `unmount_below`. A missing path is no error.
+    Call after `unmount_below`. A missing path is no error, and neither is another process that does the same.
     """
     left = mounts_below(path)
     if left:
@@ -275,7 +275,9 @@ def remove_mountpoints(path: Path) -> None:
     for directory, _, files in os.walk(path, topdown=False):
         for name in files:
             file = Path(directory) / name
-            if file.lstat().st_size:
-                raise KataError(f"{path} is not removed: {file} has content")
-            file.unlink()
-        Path(directory).rmdir()
+            with contextlib.suppress(FileNotFoundError):
+                if file.lstat().st_size:
+                    raise KataError(f"{path} is not removed: {file} has content")
+                file.unlink()
+        with contextlib.suppress(FileNotFoundError):
+            Path(directory).rmdir()

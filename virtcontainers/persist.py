@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -57,9 +58,9 @@ def load(sandbox_id: str) -> SandboxState:
 
 
 def destroy(sandbox_id: str) -> None:
-    """Forget the sandbox; idempotent."""
+    """Forget the sandbox; idempotent, also while another process does the same."""
     directory = sandbox_dir(sandbox_id)
-    if directory.is_dir():
-        for entry in directory.iterdir():
-            entry.unlink()
+    with contextlib.suppress(FileNotFoundError):
+        for entry in list(directory.iterdir()):
+            entry.unlink(missing_ok=True)
         directory.rmdir()

@@ -356,8 +356,8 @@ def _host_memory_mib(meminfo: Path = Path("/proc/meminfo")) -> int:
 
 
 def _remove_directory(directory: Path) -> None:
-    """With the sockets and logs in it; idempotent."""
-    if directory.is_dir():
-        for entry in directory.iterdir():
-            entry.unlink()
+    """With the sockets and logs in it; idempotent, also while another process does the same."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in list(directory.iterdir()):
+            entry.unlink(missing_ok=True)
         directory.rmdir()
