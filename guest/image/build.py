@@ -23,9 +23,6 @@ from typing import Any
 from guest.image import apt, cpio, elf, kernel, modules, python
 from guest.image.progress import Progress
 
-# Raise when the image would come out differently for a reason that is not among the inputs of the key.
-FORMAT = 1
-
 DEFAULT_CACHE = Path("/var/cache/kata-py/guest")
 _KEPT_IMAGES = 4
 
@@ -85,7 +82,6 @@ def inputs(packages: Sequence[apt.Package]) -> dict[str, Any]:
     """Everything the image is made of, as JSON. Two equal inputs make equal images."""
     protobuf, extension = python.protobuf()
     return {
-        "format": FORMAT,
         "packages": {
             package.name: {"version": package.version, "sha256": package.sha256} for package in packages
         },

@@ -16,9 +16,20 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import CodeType, ModuleType
 
-# Modules that others import at their top, that run long, and that an agent hardly ever comes to use: the
-# first attribute that is asked for runs them. (python_message is protobuf without its C part.)
-LAZY = frozenset({"google.protobuf.internal.python_message", "inspect", "traceback"})
+# Modules that others import at their top for functions that an agent hardly ever, or never, comes to call:
+# the first attribute that is asked for runs them. (python_message is protobuf without its C part.)
+LAZY = frozenset(
+    {
+        "asyncio.sslproto",
+        "calendar",
+        "google.protobuf.descriptor_database",
+        "google.protobuf.internal.python_message",
+        "inspect",
+        "linecache",
+        "locale",
+        "textwrap",
+    }
+)
 
 # Where tracebacks say that the modules are.
 LIBRARY = os.path.dirname(os.__file__)  # noqa: PTH120

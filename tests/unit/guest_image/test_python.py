@@ -20,7 +20,7 @@ def sources(tmp_path: Path) -> list[python.Source]:
         "pkg/__init__": "from pkg import lower",
         "pkg/lower": "import sys\nVALUE = 7\ndef fail():\n    raise RuntimeError('on purpose')\n",
         "pkg/sets": "WORDS = {'a', 'b', 'c', 'd', 'e'}\ndef member(x): return x in {'k', 'l', 'm', 'n'}\n",
-        "traceback": "import sys\nsys.stdout.write('traceback ran\\n')\ndef shown(): return 'lazily'\n",
+        "textwrap": "import sys\nsys.stdout.write('textwrap ran\\n')\ndef shown(): return 'lazily'\n",
     }
     made = []
     for module, text in files.items():
@@ -68,16 +68,16 @@ def test_a_module_that_is_nowhere_is_not_found(sources: list[python.Source], tmp
 
 def test_a_lazy_module_runs_at_its_first_use(sources: list[python.Source], tmp_path: Path) -> None:
     program = (
-        "import traceback\nimport traceback as again\n"
-        "print('imported')\nprint(again.shown())\nprint(traceback.shown())"
+        "import textwrap\nimport textwrap as again\n"
+        "print('imported')\nprint(again.shown())\nprint(textwrap.shown())"
     )
     output = run_with(bundle_of(sources, tmp_path / "work"), tmp_path, program)
-    assert output == "imported\ntraceback ran\nlazily\nlazily\n"
+    assert output == "imported\ntextwrap ran\nlazily\nlazily\n"
 
 
 def test_a_name_taken_from_a_lazy_module_is_a_first_use(sources: list[python.Source], tmp_path: Path) -> None:
-    program = "from traceback import shown\nprint(shown())"
-    assert run_with(bundle_of(sources, tmp_path / "work"), tmp_path, program) == "traceback ran\nlazily\n"
+    program = "from textwrap import shown\nprint(shown())"
+    assert run_with(bundle_of(sources, tmp_path / "work"), tmp_path, program) == "textwrap ran\nlazily\n"
 
 
 def test_the_same_sources_make_the_same_bundle(sources: list[python.Source], tmp_path: Path) -> None:
