@@ -48,7 +48,8 @@ _OPENED_LIBRARIES = ("libgcc_s.so.1",)
 BUNDLE = "/usr/lib/kata-py/bundle"
 IMPORTER = "kata_importer"
 
-# Nothing is garbage while modules are imported, and looking for it takes its time.
+# Little is garbage while modules are imported, and looking for it takes its time; the threshold stays, as what
+# the agent drops later seldom has cycles.
 _INIT = """#!{interpreter} -ISB
 import gc
 gc.set_threshold(50_000)
