@@ -48,7 +48,7 @@ _OPENED_LIBRARIES = ("libgcc_s.so.1",)
 BUNDLE = "/usr/lib/kata-py/bundle"
 IMPORTER = "kata_importer"
 
-# Little is garbage while modules are imported, and looking for it takes its time; the threshold stays, as what
+# Little is garbage while modules are imported, and looking for it takes its time. The threshold stays: what
 # the agent drops later seldom has cycles.
 _INIT = """#!{interpreter} -ISB
 import gc
