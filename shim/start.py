@@ -23,6 +23,9 @@ SOCKET_DIRECTORY = "/run/containerd/s"
 SOCKET_PATH_LIMIT = 106
 """Of a sockaddr_un on every system that containerd knows."""
 
+FD_LIMIT = 1 << 30
+"""Above every descriptor: the kernel closes a range in one call."""
+
 _STDIN_LIMIT = 10 << 20
 _CONNECT_TIMEOUT_S = 0.1
 _LOG_LEVEL_DEBUG = -4
@@ -118,6 +121,9 @@ def serve_in_foreground(flags: Flags) -> int:
 
 def become_server(flags: Flags, bundle: str, listener: socket, path: str) -> NoReturn:
     os.setsid()
+    # Whoever called `start` through a wrapper waits for the end of what that one left open.
+    os.closerange(3, listener.fileno())
+    os.closerange(listener.fileno() + 1, FD_LIMIT)
     null = os.open("/dev/null", os.O_RDWR)
     log = open_log(bundle)
     # containerd reads `start`'s stdout and stderr to their end.

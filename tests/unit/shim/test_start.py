@@ -144,6 +144,33 @@ def test_a_repeated_start_finds_the_shim_and_a_dead_one_is_replaced(containerd: 
     assert ask(path, api.ConnectRequest())[0].shim_pid == containerd.pid("c1") != pid
 
 
+def test_the_shim_keeps_nothing_open_of_who_called_start(containerd: Containerd) -> None:
+    reading, writing = os.pipe()
+    containerd.bundle("pod")
+    message = BootstrapParams(instance_id="pod", namespace=NAMESPACE, socket_dir=str(containerd.sockets))
+    subprocess.run(
+        [sys.executable, "-IS", containerd.launcher, *FLAGS, "-id", "pod", "start"],
+        cwd=containerd.directory / "pod",
+        input=message.SerializeToString(),
+        stdout=subprocess.DEVNULL,
+        pass_fds=[writing],
+        timeout=TIMEOUT_S,
+        check=True,
+    )
+    os.close(writing)
+    os.set_blocking(reading, False)
+    # The end comes as soon as the child has closed it: it may not have been there yet.
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            assert os.read(reading, 1) == b""
+            break
+        except BlockingIOError:
+            assert time.monotonic() < deadline, "the shim holds the pipe"
+            time.sleep(0.01)
+    os.close(reading)
+
+
 @pytest.mark.parametrize("keys", _POD_KEYS)
 def test_one_shim_serves_a_pod(containerd: Containerd, keys: tuple[str, str, str]) -> None:
     type_key, _, sandbox_key = keys
