@@ -135,6 +135,7 @@ def test_unary_calls_to_go(go_peer: Path, tmp_path: Path) -> None:
             assert error.code is Code.RESOURCE_EXHAUSTED
             error = await refusal(go.echo(EchoPayload(msg="sleep"), timeout_s=0.1))
             assert error.code is Code.DEADLINE_EXCEEDED
+            assert process.stdout is not None
             assert await process.stdout.readline() == b"sleeper: context deadline exceeded\n"
 
             answers = await asyncio.gather(*(go.echo(EchoPayload(seq=n)) for n in range(200)))
