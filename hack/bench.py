@@ -8,6 +8,7 @@ how long.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import datetime
 import itertools
@@ -42,9 +43,11 @@ PHASES = (
 AIMS = {"shim_uss_mib": 20.0, "start_over_python": 2.5, "host_cpu_ms": 250.0}
 
 WRAPPER = """#!/bin/bash
+command=other
 for word; do case $word in start | delete) command=$word ;; esac; done
 TIMEFORMAT="$command $EPOCHREALTIME %R %U %S"
-{{ time {shim} "$@" 2>&3; }} 3>&2 2>>{record}
+# containerd waits until nobody holds its ends of start's pipes: the server must not get a third one.
+{{ time {shim} "$@" 2>&3 3>&-; }} 3>&2 2>>{record}
 """
 
 
@@ -108,13 +111,17 @@ class Bench:
                 if output != b"f":
                     raise SystemExit(f"ctr run failed:\n{self.containerd.log_tail()}")
                 processes = _processes(container_id)
-                memory = {name: _memory(pid) for name, pid in processes.items()}
-                qemu_start = _start_time(processes["QEMU"]) if "QEMU" in processes else 0.0
+                memory = {name: _memory(pids) for name, pids in processes.items()}
+                qemu_start = _start_time(processes["QEMU"][0]) if "QEMU" in processes else 0.0
                 closed = time.time()
                 process.stdin.close()
-                server_cpu = _cpu_until_its_end(processes["shim"])
-                process.wait()
+                server = Cpu(processes["shim"][0])
+                while process.poll() is None:
+                    server.read()
+                    time.sleep(0.001)
                 ended = time.time()
+                while server.read():
+                    time.sleep(0.001)
             finally:
                 listener.kill()
                 listener.wait()
@@ -141,7 +148,7 @@ class Bench:
             whole=first_byte - began + ended - closed,
             phases=phases,
             memory=memory,
-            host_cpu=server_cpu + sum(call.cpu for call in calls),
+            host_cpu=server.seconds + sum(call.cpu for call in calls),
             start_wall=sum(call.wall for call in calls if call.command == "start"),
         )
 
@@ -153,25 +160,27 @@ class Bench:
         return found
 
 
-def _processes(container_id: str) -> dict[str, int]:
-    """The lowest pid of each kind: virtiofsd forks."""
-    found: dict[str, int] = {}
+def _processes(container_id: str) -> dict[str, list[int]]:
+    """Of each kind, the oldest first: virtiofsd has a child."""
+    found: dict[str, list[int]] = {}
     kinds = {"containerd-shim": "shim", "qemu-system": "QEMU", "virtiofsd": "virtiofsd"}
-    for entry in sorted(
-        (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()), reverse=True
-    ):
+    for pid in sorted(int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            arguments = Path(f"/proc/{entry}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
             for begins, kind in kinds.items():
                 named = any(Path(argument).name.startswith(begins) for argument in arguments[:3])
                 if named and any(container_id in argument for argument in arguments):
-                    found[kind] = entry
+                    found.setdefault(kind, []).append(pid)
     return found
 
 
-def _memory(pid: int) -> dict[str, float]:
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    kib = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB", rollup, re.MULTILINE)}
+def _memory(pids: list[int]) -> dict[str, float]:
+    kib = collections.Counter[str]()
+    for pid in pids:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        kib.update(
+            {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB", rollup, re.MULTILINE)}
+        )
     return {"pss_mib": kib["Pss"] / 1024, "uss_mib": (kib["Private_Clean"] + kib["Private_Dirty"]) / 1024}
 
 
@@ -182,15 +191,22 @@ def _start_time(pid: int) -> float:
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
 
 
-def _cpu_until_its_end(pid: int) -> float:
-    # clock_getcpuclockid(3): the CPU clock of another process, all threads, in nanoseconds.
-    clock = (~pid << 3) | 2
-    seconds = 0.0
-    with contextlib.suppress(OSError):
-        while True:
-            seconds = time.clock_gettime(clock)
-            time.sleep(0.001)
-    return seconds
+class Cpu:
+    """What another process has used, all its threads together, as of the last read."""
+
+    def __init__(self, pid: int) -> None:
+        self._stat = Path(f"/proc/{pid}/stat")
+        # clock_getcpuclockid(3) in one line: nanoseconds, where /proc has ticks.
+        self._clock = (~pid << 3) | 2
+        self.seconds = 0.0
+
+    def read(self) -> bool:
+        """False once the process has ended."""
+        try:
+            self.seconds = time.clock_gettime(self._clock)
+            return self._stat.read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
 
 
 def _epoch(text: str) -> float:
@@ -200,13 +216,10 @@ def _epoch(text: str) -> float:
 
 
 def bare_python(runs: int) -> float:
-    """Median seconds of `python3 -c pass`."""
-    times = []
-    for _ in range(runs):
-        began = time.perf_counter()
-        subprocess.run(["/usr/bin/python3", "-c", "pass"], check=True)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    """Median seconds of `python3 -c pass`, taken as the wrapper takes those of the shim."""
+    script = f"TIMEFORMAT=%R; for i in {{1..{runs}}}; do time /usr/bin/python3 -c pass; done"
+    result = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True)
+    return statistics.median(float(line) for line in result.stderr.split())
 
 
 def summary(lives: dict[str, list[Life]], python: float) -> dict[str, Any]:
