@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -61,13 +62,14 @@ class TaskService:
     async def create(self, request: api.CreateTaskRequest, context: Context) -> api.CreateTaskResponse:
         if request.checkpoint:
             raise UnimplementedError(f"container {request.id}: a machine is not restored from a checkpoint")
-        pid = await self._pod.create(
-            request.id,
-            Path(request.bundle),
-            request.rootfs,
-            Stdio(request.stdin, request.stdout, request.stderr, request.terminal),
-            runtime_config_path(request.options),
-        )
+        stdio = Stdio(request.stdin, request.stdout, request.stderr, request.terminal)
+        config_path = runtime_config_path(request.options)
+        try:
+            pid = await self._pod.create(request.id, Path(request.bundle), request.rootfs, stdio, config_path)
+        except asyncio.CancelledError:
+            # containerd is gone. The next one, up to 1.6, would keep a shim without containers for ever.
+            self._pod.when_empty(self._shutdown)
+            raise
         return api.CreateTaskResponse(pid=pid)
 
     async def start(self, request: api.StartRequest, context: Context) -> api.StartResponse:

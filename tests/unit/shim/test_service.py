@@ -494,6 +494,19 @@ def test_the_client_may_go_while_something_is_done(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
+def test_a_shim_whose_containerd_dies_during_its_first_creation_ends(tmp_path: Path) -> None:
+    async def body(shim: Shim) -> None:
+        shim.kata.may_create.clear()
+        creating = asyncio.create_task(shim.create("c1"))
+        await shim.kata.creating.wait()
+        await shim.client.close()
+        with pytest.raises(ConnectionClosed):
+            await creating
+        await shim.is_shut_down.wait()
+
+    run(tmp_path, body)
+
+
 def test_a_container_killed_while_it_starts_ends(tmp_path: Path) -> None:
     async def body(shim: Shim) -> None:
         await shim.create("c1", "sleep", "1000")
