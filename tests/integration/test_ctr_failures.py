@@ -70,6 +70,17 @@ def initrd_that_sleeps(path: Path) -> Path:
     return path
 
 
+def test_an_initrd_that_is_none_shows_the_kernels_panic(
+    ctr: Ctr, container_id: str, config: Config, tmp_path: Path
+) -> None:
+    initrd = tmp_path / "nonsense.img"
+    initrd.write_text("nonsense\n" * 100)
+    settings = {"hypervisor.qemu": {"initrd": str(initrd), "shared_fs": "virtio-fs"}}
+    # Not virtiofsd, which ends with QEMU and may be seen first.
+    error = refusal(ctr, container_id, config(settings))
+    assert "Kernel panic" in error
+
+
 def test_agent_that_never_answers(ctr: Ctr, container_id: str, config: Config, tmp_path: Path) -> None:
     initrd = initrd_that_sleeps(tmp_path / "no-agent.img")
     options = config({"hypervisor.qemu": {"initrd": str(initrd)}, "agent.kata": {"dial_timeout": 8}})

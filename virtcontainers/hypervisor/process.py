@@ -31,6 +31,8 @@ class MachineProcess:
         self.name = name
         self.log = log
         self.pid = process.pid
+        self.ended_well = False
+        """It exited with status 0, as a daemon does whose QEMU has gone."""
         self._process = process
         loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[str] = loop.create_future()
@@ -88,6 +90,7 @@ class MachineProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         status = self._process.wait()
+        self.ended_well = status == 0
         how = f"exited with status {status}" if status >= 0 else f"was killed by {_signal_name(-status)}"
         self._ended.set_result(f"{self.name} (pid {self.pid}) {how}")
 

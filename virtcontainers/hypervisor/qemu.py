@@ -233,9 +233,9 @@ class Qemu(Hypervisor):
             # QMP's end is seen before the death that caused it.
             async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
                 await self._qemu.wait()
-        # A dead daemon comes first: QEMU only died of it.
         dead = [process for process in (*self._daemons, self._qemu) if not process.running]
-        if dead:
+        # A daemon that failed comes first: QEMU only died of it. One that ended well died of QEMU.
+        if dead := [process for process in dead if not process.ended_well] or dead:
             reasons = [await process.wait_with_tail() for process in dead]
             return HypervisorError(f"{self.config.path} did not start: " + "\n".join(reasons))
         return BootTimeout(with_tail(str(error), self._qemu.log))
@@ -294,6 +294,13 @@ class Qemu(Hypervisor):
             for wait in waits:
                 wait.cancel()
         dead = next(process for process in processes if not process.running)
+        if dead.ended_well:
+            # It may only be seen before QEMU, of which it has ended.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+                    await self._qemu.wait()
+            if not self._qemu.running:
+                dead = self._qemu
         reason = await dead.wait_with_tail()
         return self.with_console_tail(reason) if dead is self._qemu else reason
 
