@@ -2,9 +2,10 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
-from harness import Ctr, wait_for
+from harness import TIMEOUT_S, Ctr, processes_of, wait_for
 
 
 def test_containers_go_on_without_containerd_and_are_found_again(
@@ -50,3 +51,19 @@ def test_an_exit_while_containerd_is_dead_is_seen_afterwards(
             ctr.containerd.start()
         wait_for("containerd to see it", lambda: ctr.status(container_id) == "STOPPED")
         assert "exit code 6" in ctr("tasks", "rm", container_id).stderr
+
+
+def test_nothing_stays_of_a_creation_during_which_containerd_is_killed(ctr: Ctr, container_id: str) -> None:
+    command = ctr.run_command(container_id, "sleep", "1000", options=("-d",))
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as creating:
+        wait_for("its machine", lambda: processes_of(container_id, "qemu-system"))
+        pid = ctr.containerd.pid
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert creating.wait(TIMEOUT_S)
+    try:
+        wait_for("its shim's end", lambda: not processes_of(container_id, "containerd-shim-kata-py-v2"))
+    finally:
+        ctr.containerd.start()
+        ctr.remove(container_id)
