@@ -6,7 +6,8 @@ As PID 1, `main()` boots the machine and serves for ever; the kernel's command l
     agent.log=LEVEL                 of the log on the console, "info" if not given
 
 Elsewhere, `python -m guest.agent.main --listen unix:PATH` serves on a unix socket, with everything else real:
-it needs root, cgroup v2 at /sys/fs/cgroup, and a mount namespace of its own that it may change.
+it needs root, cgroup v2 at /sys/fs/cgroup, and mount, UTS, IPC and PID namespaces of its own. Never without:
+CreateSandbox sets the hostname, and writes to /etc/resolv.conf, which has to be a mount of its own.
 """
 
 from __future__ import annotations
