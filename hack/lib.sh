@@ -53,7 +53,7 @@ step() {
         show_progress "$title" &
         progress=$!
     fi
-    # A subshell of its own: inside `if` or `||` bash would not stop the command at its first failure.
+    # In a subshell: what it changes, and its exit, are its own.
     set +e
     (set -e; "$@") >>"$log" 2>&1 </dev/null
     status=$?

@@ -103,11 +103,7 @@ class Containerd:
         """Returns once it answers; does nothing when it already runs."""
         if self.pid:
             return
-        for directory in (self.root, self.run):
-            directory.mkdir(parents=True, exist_ok=True)
-        self._write_config()
-        if not self.kata_config.exists():
-            write_kata_config(self.kata_config)
+        self.write_configuration()
         environment = os.environ | {
             "PATH": f"{self.programs}:{self.binaries}:{STANDARD_PATH}",
             "KATA_CONF_FILE": str(self.kata_config),
@@ -181,7 +177,12 @@ class Containerd:
     def log_tail(self, lines: int = 15) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def _write_config(self) -> None:
+    def write_configuration(self) -> None:
+        """containerd's, always anew; kata-py's only where there is none: a person may have changed it."""
+        for directory in (self.root, self.run):
+            directory.mkdir(parents=True, exist_ok=True)
+        if not self.kata_config.exists():
+            write_kata_config(self.kata_config)
         # Version 2 is read by 1.6, 1.7 and 2.x. The CRI and NRI plugins would listen where the machine's own
         # containerd may; `opt` would make /opt/containerd.
         self.config.write_text(

@@ -4,19 +4,13 @@ source "$(dirname "$0")/lib.sh"
 require_root
 cd "$repo"
 
-checks=()
+failed=()
 check() {
     local title=$1
     shift
     headline "==> $title: $*"
-    if "$@"; then
-        checks+=("ok      $title")
-    else
-        checks+=("FAILED  $title")
-        failed=yes
-    fi
+    "$@" || failed+=("$title")
 }
-failed=''
 
 headline "==> set-up"
 hack/setup.sh
@@ -33,6 +27,4 @@ check "generated code is up to date" hack/generate-protos --check
 # The fast ones first.
 check "tests" "$bin/python" -m pytest --durations=10 tests/unit tests/integration "$@"
 
-headline "==> summary"
-printf '  %s\n' "${checks[@]}"
-[ -z "$failed" ]
+[ "${#failed[@]}" = 0 ] || die "failed: $(printf '%s; ' "${failed[@]}")"
