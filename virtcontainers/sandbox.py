@@ -46,6 +46,11 @@ async def create_sandbox(config: SandboxConfig, factory: Factory, *, prestart: H
     all is undone: nothing of the pod is left on the host. Raises KataError's classes.
     """
     _check_id("sandbox", config.id)
+    if config.hypervisor.shared_fs is SharedFS.NONE:
+        raise InvalidArgumentError(
+            'shared_fs = "none" in [hypervisor.qemu]: a container\'s root reaches the guest through a share, '
+            'expected "virtio-fs" or "virtio-9p"'
+        )
     if persist.sandbox_dir(config.id).exists():
         raise AlreadyExistsError(f"sandbox {config.id} exists already: {persist.sandbox_dir(config.id)}")
     sandbox = Sandbox(config, factory)
@@ -160,9 +165,7 @@ class Sandbox:
         self._vm = await self._factory.get_vm(
             self.id,
             VMConfig(hypervisor=self.config.hypervisor, agent=self.config.agent),
-            shared_path=None
-            if self.config.hypervisor.shared_fs is SharedFS.NONE
-            else self.fs_share.shared_path,
+            shared_path=self.fs_share.shared_path,
             on_planned=on_planned,
         )
         self.agent = KataAgent(self._vm.agent)

@@ -54,6 +54,13 @@ _PROPAGATION = {
 }
 
 
+_LATE_MODULES = {
+    ("9p", errno.EINVAL): "9pnet_virtio",
+    ("9p", errno.EPROTONOSUPPORT): "9pnet_virtio",
+}
+"""What a file system says when a module that it needs besides its own is not there."""
+
+
 def parse_options(options: Iterable[str]) -> tuple[int, str, list[int]]:
     """Flags of mount(2), its data string, and the propagation changes that need a call of their own.
 
@@ -86,13 +93,14 @@ def mount(source: str, target: str, fstype: str, options: Iterable[str] = ()) ->
     try:
         linux.mount(source, target, fstype, flags, data)
     except OSError as error:
-        if error.errno != errno.ENODEV:
+        module = fstype if error.errno == errno.ENODEV else _LATE_MODULES.get((fstype, error.errno or 0))
+        if module is None:
             raise
         # The kernel has sent modprobe for the file system, which takes a module for loaded that another is
         # still loading. The kernel itself waits for the other.
         from guest.agent.modules import load_module
 
-        load_module(fstype)
+        load_module(module)
         linux.mount(source, target, fstype, flags, data)
     if flags & linux.MS_BIND and flags & ~(linux.MS_BIND | linux.MS_REC):
         # A bind takes no other flags until it is remounted.

@@ -282,5 +282,8 @@ def test_a_creation_that_fails_leaves_nothing(tmp_path: Path, guest_image: Path)
         with pytest.raises(InvalidArgumentError, match="kernel"):
             config = sandbox_config(tmp_path / "2", guest_image, pod, spec("true"), kernel=tmp_path / "none")
             await create_sandbox(config, Direct())
+        with pytest.raises(InvalidArgumentError, match=r'shared_fs = "none".*expected "virtio-fs"'):
+            config = sandbox_config(tmp_path / "3", guest_image, pod, spec("true"), shared_fs=SharedFS.NONE)
+            await create_sandbox(config, Direct())
 
     asyncio.run(body())
