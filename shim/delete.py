@@ -35,7 +35,8 @@ def delete(flags: Flags) -> int:
         # A bundle that was never whole: no container can have been made of it.
         os.write(2, f"{error}\n".encode())
         sandbox_id = flags.id
-    shim_is_alive = remove_dead_socket(bundle)
+    path = socket_of(bundle)
+    shim_is_alive = bool(path) and answers(path)
     pid = 0
     rootfs = f"{bundle}/rootfs"
     # One container of a pod whose shim goes on has been deleted by that, unless its root says otherwise.
@@ -43,6 +44,12 @@ def delete(flags: Flags) -> int:
     if shim_is_alive and sandbox_id == flags.id:
         # containerd has given it up: nobody would ever end it.
         end_shim(bundle, flags.id)
+    if path and (not shim_is_alive or sandbox_id == flags.id):
+        # One that answered may have been dying: of a pod that is over, the socket goes in any case.
+        try:
+            os.unlink(path)
+        except OSError:
+            pass
     if not is_deleted and any(os.path.lexists(f"{directory}/{sandbox_id}") for directory in _POD_DIRECTORIES):
         leave_out_modules()
         from shim.cleanup import clean_up
@@ -89,17 +96,10 @@ def end_shim(bundle: str, sandbox_id: str) -> None:
             return
 
 
-def remove_dead_socket(bundle: str) -> bool:
-    """Returns whether somebody answers there: the other containers of a pod may still have their shim."""
+def socket_of(bundle: str) -> str:
+    """Where the pod's shim listens, or did: the other containers of a pod may still have theirs."""
     try:
         with open(f"{bundle}/address") as file:
-            path = file.read().removeprefix("unix://")
+            return file.read().removeprefix("unix://")
     except OSError:
-        return False
-    if answers(path):
-        return True
-    try:
-        os.unlink(path)
-    except OSError:
-        pass
-    return False
+        return ""
