@@ -46,7 +46,7 @@ def collect(config: RuntimeConfig) -> dict[str, dict[str, Any]]:
     from virtcontainers.hypervisor.vhost_vsock import resolve_transport
 
     decision = decide_accel(config.hypervisor.accel)
-    own = ("path", "drop_ins", "warnings", *_TABLES)
+    own = ("path", "drop_ins", "warnings", "of_files", *_TABLES)
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     hypervisor = dataclasses.asdict(config.hypervisor)
     for of_the_factory in ("boot_to_be_template", "boot_from_template", "memory_path", "devices_state_path"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -29,6 +30,8 @@ MAX_VCPUS = 240
 MIN_MEMORY_MIB = 256
 MAX_BRIDGES = 5
 MAX_PCIE_PORTS = 16
+MAX_SOCKET_PATH_BYTES = 107
+"""unix(7): sun_path, with its end."""
 
 _ALLOW_LISTS = ("hypervisor_paths", "virtio_fs_daemon_paths", "entropy_sources")
 """What follows `valid_`: for the annotations, not for the library."""
@@ -59,6 +62,16 @@ class RuntimeConfig:
     disable_guest_empty_dir: bool = False
     emptydir_mode: str = "shared-fs"
     create_container_timeout_s: float = 60.0
+    of_files: Callable[[], RuntimeConfig] | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Set when annotations changed something; see `without_annotations`."""
+
+    @property
+    def without_annotations(self) -> RuntimeConfig:
+        """What the files say alone, which a template is made of; `self` when no annotation changed anything.
+
+        Raises InvalidArgumentError when it is only with the annotations that they make sense.
+        """
+        return self.of_files() if self.of_files else self
 
 
 def load_configuration(path: Path | None, annotations: Mapping[str, str] | None = None) -> RuntimeConfig:
@@ -70,15 +83,24 @@ def load_configuration(path: Path | None, annotations: Mapping[str, str] | None 
     the kernel, QEMU and other paths exist is the driver's to say.
     """
     parsed = read_configuration(find_configuration(path))
-    warnings = [key_warning(parsed)]
-    if annotations:
-        from katautils.config.annotations import apply_annotations
+    warnings = [warning] if (warning := key_warning(parsed)) else []
+    if not annotations:
+        return _resolve(parsed, warnings)
 
-        warnings.append(apply_annotations(parsed, annotations))
-    return _resolve(parsed, [warning for warning in warnings if warning])
+    from katautils.config.annotations import apply_annotations
+
+    tables = {name: dict(settings) for name, settings in parsed.tables.items()}
+    without_annotations = dataclasses.replace(parsed, tables=tables)
+    ignored = apply_annotations(parsed, annotations)
+    changed = parsed.tables != tables
+    config = _resolve(parsed, [*warnings, ignored] if ignored else warnings)
+    if not changed:
+        return config
+    return dataclasses.replace(config, of_files=lambda: _resolve(without_annotations, warnings))
 
 
-def _resolve(parsed: ParsedConfig, warnings: list[str]) -> RuntimeConfig:
+def _resolve(parsed: ParsedConfig, warned: Sequence[str]) -> RuntimeConfig:
+    warnings = [*warned]
     tables = parsed.tables
     if not tables["hypervisor.qemu"]:
         others = ", ".join(f"[{table}]" for table, _ in parsed.foreign if table.startswith("hypervisor."))
@@ -96,6 +118,7 @@ def _resolve(parsed: ParsedConfig, warnings: list[str]) -> RuntimeConfig:
     hypervisor = _hypervisor(tables["hypervisor.qemu"], warnings)
     agent = _Fields("agent.kata", tables["agent.kata"])
     factory = _Fields("factory", tables["factory"])
+    _warn_of_template(hypervisor, factory, tables["hypervisor.qemu"], warnings)
     runtime = _Fields("runtime", tables["runtime"])
     agent.convert("transport", AgentTransport)
     for field in ("dial_timeout_s", "launch_process_timeout_s"):
@@ -239,6 +262,19 @@ def _check_guest(fields: _Fields) -> None:
             )
 
 
+def _warn_of_template(
+    hypervisor: HypervisorConfig, factory: _Fields, settings: dict[str, Setting], warnings: list[str]
+) -> None:
+    if not factory.values.get("enable_template"):
+        return
+    warnings.extend(
+        f"{settings[key].where}: found true, which has no effect on a template and its clones "
+        "(enable_template in [factory])"
+        for key in ("enable_hugepages", "enable_mem_prealloc")
+        if getattr(hypervisor, key)
+    )
+
+
 def _check(config: RuntimeConfig, tables: dict[str, dict[str, Setting]]) -> None:
     """What makes sense only together; after Kata's `checkConfig`."""
     hypervisor = config.hypervisor
@@ -252,6 +288,11 @@ def _check(config: RuntimeConfig, tables: dict[str, dict[str, Setting]]) -> None
         )
     if config.factory.enable_template and (hypervisor.initrd is None or hypervisor.image is not None):
         refuse("factory", "enable_template", "initrd= to be set (image= is not supported) for a template")
+    endpoint = os.fsencode(config.factory.vm_cache_endpoint)
+    if config.factory.vm_cache_number and len(endpoint) > MAX_SOCKET_PATH_BYTES:
+        refuse(
+            "factory", "vm_cache_endpoint", f"a path of at most {MAX_SOCKET_PATH_BYTES} bytes, for a socket"
+        )
     if config.disable_new_netns and config.internetworking_model != "none":
         expected = f'internetworking_model = "none" with it, which is "{config.internetworking_model}"'
         refuse("runtime", "disable_new_netns", expected)

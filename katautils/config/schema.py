@@ -405,9 +405,9 @@ MEM_AGENT: Table = {
 }
 
 FACTORY: Table = {
-    "enable_template": Key(BOOL, "enable_template", inert=True),
+    "enable_template": Key(BOOL, "enable_template"),
     "template_path": Key(PATH, "template_path"),
-    "vm_cache_number": Key(UINT32, "vm_cache_number", inert=True),
+    "vm_cache_number": Key(UINT32, "vm_cache_number"),
     "vm_cache_endpoint": Key(PATH, "vm_cache_endpoint"),
 }
 

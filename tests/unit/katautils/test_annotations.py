@@ -235,3 +235,36 @@ def test_annotations_without_effect_are_one_warning(load: Load) -> None:
 def test_hot_plug_by_annotation_turns_the_configured_cold_plug_off(load: Load) -> None:
     cold: dict[str, Any] = {**ALL, "cold_plug_vfio": "root-port"}
     assert load({HYPERVISOR_PREFIX + "hot_plug_vfio": "root-port"}, hypervisor__qemu=cold)
+
+
+def test_the_configuration_of_the_files_alone_is_there_too(load: Load) -> None:
+    config = load(
+        {HYPERVISOR_PREFIX + "default_memory": "512", AGENT_PREFIX + "kernel_modules": "tun"},
+        hypervisor__qemu=ALL | {"default_memory": 300},
+        factory={"enable_template": True},
+    )
+    assert (config.hypervisor.default_memory_mib, config.agent.kernel_modules) == (512, ("tun",))
+    assert config.without_annotations == load(
+        hypervisor__qemu=ALL | {"default_memory": 300}, factory={"enable_template": True}
+    )
+
+
+@pytest.mark.parametrize(
+    "of_pod", [None, {}, {"io.kubernetes.cri.sandbox-name": "x"}, {AGENT_PREFIX + "x": ""}]
+)
+def test_without_annotations_that_say_something_it_is_the_same(
+    load: Load, of_pod: dict[str, str] | None
+) -> None:
+    config = load(of_pod)
+    assert config.without_annotations is config
+
+
+def test_files_that_need_the_pods_annotations_are_refused_only_when_asked_for(
+    load: Load, tmp_path: Path
+) -> None:
+    initrd = tmp_path / "initrd"
+    initrd.touch()
+    config = load({HYPERVISOR_PREFIX + "initrd": str(initrd)}, hypervisor__qemu=ALL | {"initrd": None})
+    assert config.hypervisor.initrd == initrd
+    with pytest.raises(InvalidArgumentError, match="neither initrd nor image"):
+        _ = config.without_annotations

@@ -330,6 +330,23 @@ def test_a_key_that_is_said_to_work_is_read_by_somebody(table: str, name: str) -
             assert (f".{key.field}" in text) is key.is_implemented, key_name
 
 
+def test_what_has_no_effect_on_a_template_is_warned_of(load: Load, tmp_path: Path) -> None:
+    keys = {"enable_hugepages": True, "enable_mem_prealloc": True}
+    assert not load(hypervisor__qemu=keys).warnings
+    warnings = load(hypervisor__qemu=keys, factory={"enable_template": True}).warnings
+    assert [warning.partition(", which")[0] for warning in warnings] == [
+        f"{tmp_path}/configuration.toml: [hypervisor.qemu] {key}: found true" for key in keys
+    ]
+
+
+def test_a_cache_whose_socket_cannot_be_is_refused(load: Load) -> None:
+    endpoint = "/" + "x" * 107
+    load(factory={"vm_cache_endpoint": endpoint})
+    load(factory={"vm_cache_endpoint": endpoint[1:].replace("x", "/", 1), "vm_cache_number": 1})
+    with pytest.raises(InvalidArgumentError, match=r"vm_cache_endpoint: found .* at most 107 bytes"):
+        load(factory={"vm_cache_endpoint": endpoint, "vm_cache_number": 1})
+
+
 # -- files
 
 
