@@ -31,7 +31,7 @@ async def squeeze(qmp: QMP, *, memory_mib: int, bus: str, timeout_s: float) -> b
     not within `timeout_s`: the machine then is as it was. Raises HypervisorError when the machine cannot be
     rid of the balloon, and so not be saved for machines that have none.
     """
-    balloon = {"driver": "virtio-balloon-pci", "id": _ID, "bus": bus}
+    balloon: dict[str, object] = {"driver": "virtio-balloon-pci", "id": _ID, "bus": bus}
     # What the guest wants while the balloon is full, it takes back.
     balloon |= {"deflate-on-oom": True, "disable-legacy": "on"}
     try:
@@ -65,7 +65,7 @@ async def _size(qmp: QMP) -> int:
 
 
 async def _wait(qmp: QMP, reached: Callable[[int], bool]) -> None:
-    while not reached(await _size(qmp)):
+    while not reached(await _size(qmp)):  # noqa: ASYNC110 - it is QEMU that is asked
         await asyncio.sleep(_POLL_S)
 
 
