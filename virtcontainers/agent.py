@@ -76,6 +76,15 @@ class KataAgent:
             request = agent_pb2.GuestDetailsRequest(mem_block_size=True, mem_hotplug_probe=True)
             self.details = await self.client.get_guest_details(request)
 
+    async def reseed_random_dev(self, data: bytes) -> None:
+        with translated("ReseedRandomDev"):
+            await self.client.reseed_random_dev(agent_pb2.ReseedRandomDevRequest(data=data))
+
+    async def set_guest_date_time(self, unix_ns: int) -> None:
+        request = agent_pb2.SetGuestDateTimeRequest(Sec=unix_ns // 10**9, Usec=unix_ns // 1000 % 10**6)
+        with translated("SetGuestDateTime"):
+            await self.client.set_guest_date_time(request)
+
     async def set_policy(self, policy: str) -> None:
         with translated("SetPolicy"):
             await self.client.set_policy(agent_pb2.SetPolicyRequest(policy=policy))

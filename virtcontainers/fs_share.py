@@ -15,6 +15,7 @@ from pathlib import Path
 
 from virtcontainers import mount
 from virtcontainers.config import GUEST_SHARED_DIR, SHARED_SANDBOXES, RootFs
+from virtcontainers.errors import KataError
 
 _NAME_LIMIT_BYTES = 255
 """NAME_MAX of <linux/limits.h>."""
@@ -50,6 +51,17 @@ class FilesystemShare:
         mount.mount(self._mounts, self.shared_path, flags=mount.MS_BIND)
         mount.mount("", self.shared_path, flags=mount.MS_SLAVE)
         mount.mount("", self.shared_path, flags=mount.MS_REMOUNT | mount.MS_BIND | mount.MS_RDONLY)
+
+    def take_over(self, vm_id: str) -> None:
+        """Make the share that was prepared for a machine this sandbox's. Raises KataError.
+
+        The mounts in it and whoever exports them go along: nobody needs the name any more.
+        """
+        source = FilesystemShare(vm_id).root
+        try:
+            source.rename(self.root)
+        except OSError as error:
+            raise KataError(f"{source} does not become {self.root}: {error.strerror}") from error
 
     def share_root_filesystem(self, container_id: str, rootfs: RootFs) -> str:
         """Mount the container's root on the host and share it; returns its path in the guest."""

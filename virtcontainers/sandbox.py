@@ -85,6 +85,8 @@ class Sandbox:
         self._state = persist.SandboxState(id=config.id, shim_pid=os.getpid())
         self._log = logging.LoggerAdapter(log, {"sandbox": config.id})
         self._deleted = False
+        self._shared = asyncio.Event()
+        """Set when the share is there for containers to be added."""
 
     @property
     def hypervisor_pid(self) -> int:
@@ -99,12 +101,14 @@ class Sandbox:
         container = Container(self, config.container)
         self.containers[container.id] = container
         self.save()
-        self.fs_share.prepare()
         machine = asyncio.create_task(self._get_vm())
         try:
-            # The machine starts meanwhile: QEMU is a process of its own once the task has had its turn.
-            await asyncio.sleep(0)
-            container.share()
+            # The machine starts meanwhile: QEMU is a process of its own.
+            shared = asyncio.create_task(self._shared.wait())
+            await asyncio.wait({machine, shared}, return_when=asyncio.FIRST_COMPLETED)
+            shared.cancel()
+            if self._shared.is_set():
+                container.share()
         except BaseException:
             machine.cancel()
             await asyncio.wait({machine})
@@ -158,9 +162,16 @@ class Sandbox:
         await container.create()
 
     async def _get_vm(self) -> None:
-        def on_planned(hypervisor: dict[str, Any]) -> None:
-            self._state.hypervisor = hypervisor
+        def on_planned(persisted: dict[str, Any], share_of: str | None = None) -> None:
+            self._state.hypervisor = persisted
             self.save()
+            if self._shared.is_set():
+                return  # a machine that was planned before has failed
+            if share_of is None:
+                self.fs_share.prepare()
+            else:
+                self.fs_share.take_over(share_of)
+            self._shared.set()
 
         self._vm = await self._factory.get_vm(
             self.id,

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent_client.client import AgentClient
 from agent_client.transports import AgentDialFailed, AgentDialTimeout
+from virtcontainers.agent import KataAgent
 from virtcontainers.config import RUN_VC, AgentConfig, HypervisorConfig
 from virtcontainers.hypervisor.base import BootTimeout, HypervisorError, VMState
 from virtcontainers.hypervisor.qemu import Qemu
 
 log = logging.getLogger(__name__)
+
+_SEED_BYTES = 512
+"""As in Kata."""
+_TIME_ROUND_TRIP_S = 0.08
+_TIME_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -93,9 +101,28 @@ class VM:
     async def resume(self) -> None:
         await self.hypervisor.resume_vm()
 
+    async def prepare_save(self) -> None:
+        """Rid a running machine booted to be a template, and disconnected, of what cannot be saved."""
+        await self.hypervisor.prepare_save_vm()
+
     async def save(self) -> None:
         """Save the devices' state of a machine booted to be a template; it must be paused."""
         await self.hypervisor.save_vm()
+
+    async def reseed_rng(self) -> None:
+        """Randomness of the host's for the guest's generator: nothing it gives from now on was known before.
+        Raises KataError's classes."""
+        await KataAgent(self.agent).reseed_random_dev(os.urandom(_SEED_BYTES))
+
+    async def sync_time(self) -> None:
+        """The host's time for the guest. Raises KataError's classes."""
+        clock = asyncio.get_running_loop().time
+        for _ in range(_TIME_ATTEMPTS):
+            asked_at = clock()
+            await KataAgent(self.agent).set_guest_date_time(time.time_ns())
+            # The guest is behind by a part of the round trip.
+            if clock() - asked_at <= _TIME_ROUND_TRIP_S:
+                return
 
     async def disconnect(self) -> None:
         """Close the connection to the agent; idempotent."""

@@ -502,10 +502,11 @@ def test_an_image_is_accepted_by_qemu(vm_id: str, config: VMConfig, shared: Path
 def test_the_plan_is_told_before_the_first_trace(vm_id: str, config: VMConfig, shared: Path) -> None:
     async def body() -> None:
         factory: Factory = await new_factory(FactoryConfig(), config, fetch_only=True)
-        assert isinstance(factory, Direct)
+        assert isinstance(factory.base, Direct)
         planned: list[dict[str, Any]] = []
 
-        def on_planned(persisted: dict[str, Any]) -> None:
+        def on_planned(persisted: dict[str, Any], share_of: str | None = None) -> None:
+            assert share_of is None
             assert not Path(persisted["directory"]).exists()
             planned.append(persisted)
 
@@ -523,7 +524,9 @@ def test_a_machine_whose_boot_is_cancelled_leaves_nothing(vm_id: str, config: VM
     async def body() -> None:
         factory = await new_factory(FactoryConfig(), config, fetch_only=True)
         task = asyncio.create_task(
-            factory.get_vm(vm_id, config, shared_path=shared, on_planned=lambda persisted: None)
+            factory.get_vm(
+                vm_id, config, shared_path=shared, on_planned=lambda persisted, share_of=None: None
+            )
         )
         await asyncio.sleep(1)
         task.cancel()

@@ -39,8 +39,10 @@ from virtcontainers.errors import (
     NotFoundError,
     UnavailableError,
 )
+from virtcontainers.factory import Factory
 from virtcontainers.factory.direct import Direct
 from virtcontainers.sandbox import Sandbox, create_sandbox
+from virtcontainers.vm import VMConfig
 
 CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SYS_ADMIN"]
 
@@ -112,6 +114,10 @@ def sandbox_config(
     )
 
 
+def booting(config: SandboxConfig) -> Factory:
+    return Factory(Direct(VMConfig(config.hypervisor, config.agent)))
+
+
 async def run(container: Container) -> tuple[int, bytes]:
     """Start the container; its exit status and stdout."""
     await container.start()
@@ -139,7 +145,7 @@ def test_containers_share_a_machine_and_a_failed_one_leaves_it_usable(
             {"destination": "/data", "type": "bind", "source": str(tmp_path / "volume"), "options": ["rbind"]}
         ]
         config = sandbox_config(tmp_path, guest_image, pod, spec("sleep", "1000"))
-        sandbox = await create_sandbox(config, Direct())
+        sandbox = await create_sandbox(config, booting(config))
         try:
             await sandbox.containers[pod].start()
             command = spec(
@@ -181,7 +187,8 @@ def test_a_second_sandbox_of_the_same_name_is_refused(tmp_path: Path, guest_imag
         persist.store(persist.SandboxState(id=pod, shim_pid=os.getpid()))
         try:
             with pytest.raises(AlreadyExistsError, match=pod):
-                await create_sandbox(sandbox_config(tmp_path, guest_image, pod, spec("true")), Direct())
+                given_config = sandbox_config(tmp_path, guest_image, pod, spec("true"))
+                await create_sandbox(given_config, booting(given_config))
         finally:
             persist.destroy(pod)
 
@@ -197,7 +204,7 @@ def test_the_monitor_tells_who_died_and_every_wait_ends(
     async def body() -> None:
         pod = new_id("pod")
         config = sandbox_config(tmp_path, guest_image, pod, spec("sleep", "1000"), shared_fs=shared_fs)
-        sandbox = await create_sandbox(config, Direct())
+        sandbox = await create_sandbox(config, booting(config))
         try:
             container = sandbox.containers[pod]
             await container.start()
@@ -227,11 +234,11 @@ OWNER = """
 import asyncio, os, signal, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
-from test_sandbox import Direct, create_sandbox, sandbox_config, spec
+from test_sandbox import booting, create_sandbox, sandbox_config, spec
 
 async def body():
     config = sandbox_config(Path({directory!r}), Path({image!r}), {pod!r}, spec("sleep", "1000"))
-    await create_sandbox(config, Direct())
+    await create_sandbox(config, booting(config))
     os.kill(os.getpid(), signal.SIGKILL)
 
 asyncio.run(body())
@@ -254,7 +261,7 @@ def test_a_machine_that_dies_while_its_guest_is_set_up_is_the_reason(
 
         started_at = asyncio.get_running_loop().time()
         with pytest.raises(KataError, match=f"its machine ended: {victim.split('-')[0]}.*SIGKILL"):
-            await create_sandbox(config, Direct(), prestart=kill)
+            await create_sandbox(config, booting(config), prestart=kill)
         # Without virtiofsd the guest would be waited for until the agent's timeout.
         assert asyncio.get_running_loop().time() - started_at < REQUEST_TIMEOUT_S
 
@@ -278,12 +285,13 @@ def test_a_creation_that_fails_leaves_nothing(tmp_path: Path, guest_image: Path)
         pod = new_id("pod")
         given = spec("true", mounts=[{"destination": "/x", "type": "bind", "source": "/nowhere"}])
         with pytest.raises(InvalidArgumentError, match=r"mount /x.*/nowhere"):
-            await create_sandbox(sandbox_config(tmp_path, guest_image, pod, given), Direct())
+            given_config = sandbox_config(tmp_path, guest_image, pod, given)
+            await create_sandbox(given_config, booting(given_config))
         with pytest.raises(InvalidArgumentError, match="kernel"):
             config = sandbox_config(tmp_path / "2", guest_image, pod, spec("true"), kernel=tmp_path / "none")
-            await create_sandbox(config, Direct())
+            await create_sandbox(config, booting(config))
         with pytest.raises(InvalidArgumentError, match=r'shared_fs = "none".*expected "virtio-fs"'):
             config = sandbox_config(tmp_path / "3", guest_image, pod, spec("true"), shared_fs=SharedFS.NONE)
-            await create_sandbox(config, Direct())
+            await create_sandbox(config, booting(config))
 
     asyncio.run(body())

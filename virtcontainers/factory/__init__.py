@@ -1,50 +1,113 @@
 """How a machine comes to be, after Kata's `factory.go`.
 
-`direct` boots one for each pod. The other ways of [factory] will be chosen in `new_factory`.
+`direct` boots one for each pod, `template` clones one that was booted and saved, and `grpccache` asks a
+server (`cache`) that keeps some of either ready.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 from virtcontainers.config import FactoryConfig
-from virtcontainers.hypervisor.base import Persisted
+from virtcontainers.errors import KataError
+from virtcontainers.factory.base import FactoryBase, OnPlanned
+from virtcontainers.factory.direct import Direct
+from virtcontainers.hypervisor.base import VMState
 from virtcontainers.vm import VM, VMConfig
 
 log = logging.getLogger(__name__)
 
-OnPlanned = Callable[[Persisted], None]
+__all__ = ["Factory", "FactoryBase", "OnPlanned", "new_factory"]
 
 
-class Factory(ABC):
-    """A source of machines."""
+class Factory:
+    """Machines that are ready for their first container, from a base that may know less than is wanted.
 
-    @abstractmethod
+    `otherwise` gives the factory to ask when the base has no machine to give; None: that is an error.
+    """
+
+    def __init__(
+        self, base: FactoryBase, *, otherwise: Callable[[], Awaitable[Factory]] | None = None
+    ) -> None:
+        self.base = base
+        self.otherwise = otherwise
+
     async def get_vm(
-        self, sandbox_id: str, config: VMConfig, *, shared_path: Path | None, on_planned: OnPlanned
+        self, vm_id: str, config: VMConfig, *, shared_path: Path | None, on_planned: OnPlanned
     ) -> VM:
-        """A running machine whose agent answers.
+        """A running machine of `config`, whose agent has answered, and which is nobody's twin.
 
-        `on_planned` gets what `Hypervisor.cleanup` needs, before the machine leaves its first trace on the
-        host. Raises KataError's classes; nothing is left then.
+        `on_planned` may be called more than once: what counts is the last call. Raises KataError's classes;
+        nothing is left then.
         """
+        logger = logging.LoggerAdapter(log, {"sandbox": vm_id})
+        name = type(self.base).__name__
+        if misfit := _misfit(self.base, config):
+            logger.warning("it is booted, for the pod's machine is none of %s's: %s", name, misfit)
+            return await Factory(Direct(config)).get_vm(
+                vm_id, config, shared_path=shared_path, on_planned=on_planned
+            )
+        try:
+            return await self._get_vm(vm_id, config, shared_path, on_planned)
+        except KataError as error:
+            if self.otherwise is None:
+                raise
+            logger.warning("no machine from %s: %s", name, error)
+        factory = await self.otherwise()
+        return await factory.get_vm(vm_id, config, shared_path=shared_path, on_planned=on_planned)
+
+    async def _get_vm(
+        self, vm_id: str, config: VMConfig, shared_path: Path | None, on_planned: OnPlanned
+    ) -> VM:
+        clock = asyncio.get_running_loop().time
+        started_at = clock()
+        vm = await self.base.get_base_vm(vm_id, config, shared_path=shared_path, on_planned=on_planned)
+        try:
+            if vm.hypervisor.state is VMState.PAUSED:
+                await vm.resume()
+                await vm.connect(config.agent.dial_timeout_s)
+                # Before anything else is asked of it: what it knows, other copies know.
+                await vm.reseed_rng()
+                await vm.sync_time()
+                log.debug(
+                    "%s: machine after %.0f ms", type(self.base).__name__, 1000 * (clock() - started_at)
+                )
+        except BaseException:
+            await asyncio.shield(vm.stop())
+            raise
+        return vm
+
+
+def _misfit(base: FactoryBase, config: VMConfig) -> str:
+    """How the base's machines differ from what is wanted, in ways that plugging cannot mend; "" for none."""
+    found = base.config
+    if isinstance(base, Direct) or found == config:
+        return ""
+    from virtcontainers.factory.fingerprint import differences, made_of
+
+    hypervisor = replace(
+        config.hypervisor,
+        default_vcpus=found.hypervisor.default_vcpus,
+        default_memory_mib=found.hypervisor.default_memory_mib,
+    )
+    found_parts = made_of(found)
+    return "; ".join(map(str, differences(found_parts, made_of(VMConfig(hypervisor, config.agent)))))
 
 
 async def new_factory(config: FactoryConfig, vm: VMConfig, *, fetch_only: bool) -> Factory:
-    """The factory that [factory] asks for.
+    """The factory that [factory] asks for, for machines of `vm`.
 
-    `fetch_only`: take what there is, and make nothing that outlives the pod. `vm` is the machine that a
-    template or a cache would be for.
+    `fetch_only`: take what there is, and make nothing that outlives the pod. Raises KataError's classes when
+    the cache's server does not answer, when there is no template, or it does not fit, or cannot be made.
     """
-    from virtcontainers.factory.direct import Direct
 
-    for wanted, key in (
-        (config.enable_template, "enable_template"),
-        (config.vm_cache_number > 0, "vm_cache_number"),
-    ):
-        if wanted:
-            log.warning("%s in [factory] is not implemented in this version: machines are booted", key)
-    return Direct()
+    if config.enable_template:
+        from virtcontainers.factory.template import Template
+
+        path = config.template_path
+        return Factory(Template.fetch(path, vm) if fetch_only else await Template.new(path, vm))
+    return Factory(Direct(vm))

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from virtcontainers.factory import Factory, OnPlanned
+from virtcontainers.factory.base import FactoryBase, OnPlanned
 from virtcontainers.vm import VM, VMConfig
 
 
-class Direct(Factory):
-    """Boots a machine for each pod."""
+class Direct(FactoryBase):
+    """Boots a machine for each pod; any configuration fits."""
 
-    async def get_vm(
-        self, sandbox_id: str, config: VMConfig, *, shared_path: Path | None, on_planned: OnPlanned
+    def __init__(self, config: VMConfig) -> None:
+        self.config = config
+
+    async def get_base_vm(
+        self, vm_id: str, config: VMConfig, *, shared_path: Path | None, on_planned: OnPlanned
     ) -> VM:
-        vm = VM.new(sandbox_id, config, shared_path=shared_path)
+        vm = VM.new(vm_id, config, shared_path=shared_path)
         try:
             on_planned(vm.hypervisor.save())
             await vm.start()

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -24,8 +24,16 @@ from virtcontainers.hypervisor.base import (
     vm_dir,
 )
 from virtcontainers.hypervisor.logs import ConsoleLog, with_tail
+from virtcontainers.hypervisor.memory_file import copy_extents
 from virtcontainers.hypervisor.process import MachineProcess, end_processes
-from virtcontainers.hypervisor.qemu_cmdline import MachineFiles, QemuCommandLine, plan
+from virtcontainers.hypervisor.qemu_cmdline import (
+    HOTPLUG_PORTS,
+    MachineFiles,
+    QemuCommandLine,
+    copies_memory,
+    plan,
+    virtio_fs_device,
+)
 from virtcontainers.hypervisor.qmp import QMP
 from virtcontainers.hypervisor.vhost_vsock import (
     VHOST_DEVICE_VSOCK,
@@ -41,6 +49,8 @@ log = logging.getLogger(__name__)
 
 MACHINE_TYPE = "q35"
 _MIGRATION_TIMEOUT_S = 30.0
+_UNPLUG_TIMEOUT_S = 30.0
+_VSOCK = "vsock0"
 _LAST_WORDS_TIMEOUT_S = 1.0
 _CONSOLE_TAIL_LINES = 30
 """A panic's reason stands above its trace of some 20 lines."""
@@ -78,6 +88,7 @@ class Qemu(Hypervisor):
         self._qmp: QMP | None = None
         self._console: ConsoleLog | None = None
         self._thread_ids: dict[int, int] = {}
+        self._free_ports = [f"rp{number}" for number in range(HOTPLUG_PORTS + config.pcie_root_port)]
 
     # -- planning
 
@@ -119,7 +130,7 @@ class Qemu(Hypervisor):
             transport=self._transport,
             guest_cid=self._guest_cid.cid if self._guest_cid else None,
             shared_path=self._shared_path,
-            host_memory_mib=_host_memory_mib(),
+            host_memory_mib=host_memory_mib(),
         )
         self.state = VMState.CREATED
 
@@ -169,6 +180,8 @@ class Qemu(Hypervisor):
                 fds["agent"] = stack.enter_context(_listening(self.files.agent_socket)).fileno()
             if self._guest_cid is not None:
                 fds["vhost"] = self._guest_cid.vhost_fd
+            memory_fd = self._own_memory(stack) if self._copies_memory else -1
+            fds["memory"] = memory_fd
             argv = self.command_line.argv(fds)
             self._log.debug("starting %s", argv)
             self._qemu = MachineProcess.start(
@@ -176,8 +189,11 @@ class Qemu(Hypervisor):
                 argv,
                 directory=self.directory,
                 stdout=self._console.write_fd,
-                pass_fds=fds.values(),
+                pass_fds=[fd for fd in fds.values() if fd >= 0],
             )
+            if memory_fd >= 0:
+                # While QEMU starts: it looks into the memory only when it takes the devices' state.
+                await self._copy_memory(memory_fd)
         self._console.started()
         self._release_guest_cid()
         try:
@@ -189,10 +205,76 @@ class Qemu(Hypervisor):
             await self._qmp.migrate_incoming(
                 self.config.devices_state_path, timeout_s=max(0.0, deadline - clock())
             )
+        if self.config.boot_from_template or self.config.boot_to_be_template:
+            await self._plug_vhost_user()
         cpus = await self._qmp.execute("query-cpus-fast")
         self._thread_ids = {cpu["cpu-index"]: cpu["thread-id"] for cpu in cpus}
         self.state = VMState.PAUSED if self.config.boot_from_template else VMState.RUNNING
         self._log.debug("QEMU (pid %d) runs after %.0f ms", self._qemu.pid, 1000 * (clock() - started_at))
+
+    @property
+    def _copies_memory(self) -> bool:
+        return copies_memory(self.config, self._transport, self._shared_path)
+
+    def _own_memory(self, stack: ExitStack) -> int:
+        fd = os.memfd_create("kata-py-memory", os.MFD_CLOEXEC)
+        stack.callback(os.close, fd)
+        os.ftruncate(fd, self.config.default_memory_mib << 20)
+        return fd
+
+    async def _copy_memory(self, target: int) -> None:
+        assert self.config.memory_path is not None
+        clock = asyncio.get_running_loop().time
+        started_at, copied = clock(), 0
+        try:
+            source = os.open(self.config.memory_path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                for sent in copy_extents(source, target):
+                    copied += sent
+                    await asyncio.sleep(0)
+            finally:
+                os.close(source)
+        except OSError as error:
+            raise HypervisorError(f"memory of the template, {self.config.memory_path}: {error}") from error
+        self._log.info(
+            "the machine has a copy of the template's memory, which a vhost-user daemon needs shared: "
+            "%d MiB in %.0f ms",
+            copied >> 20,
+            1000 * (clock() - started_at),
+        )
+
+    async def _plug_vhost_user(self) -> None:
+        """The devices that QEMU cannot save, and that therefore no template has."""
+        if self._transport is AgentTransport.HVSOCK:
+            await self._add_socket("vsock", self.files.vhost_vsock_socket)
+            await self._plug({"driver": "vhost-user-vsock-pci", "id": _VSOCK, "chardev": "vsock"})
+        if self._virtiofsd is not None:
+            await self._add_socket("fs", self.files.virtiofsd_socket)
+            device = {"driver": "vhost-user-fs-pci", "id": "fs0", **virtio_fs_device(self.config, "fs")}
+            await self._plug(device)
+
+    async def _add_socket(self, chardev: str, path: Path) -> None:
+        address = {"type": "unix", "data": {"path": str(path)}}
+        backend = {"type": "socket", "data": {"addr": address, "server": False}}
+        await self.monitor.execute("chardev-add", {"id": chardev, "backend": backend})
+
+    async def _plug(self, device: Mapping[str, object]) -> None:
+        await self.monitor.execute("device_add", {**device, "bus": self.take_port()})
+
+    async def prepare_save_vm(self) -> None:
+        """Rid a running machine, to which nobody is connected, of what cannot be saved."""
+        self.require(VMState.RUNNING)
+        if self._transport is AgentTransport.HVSOCK:
+            await self.monitor.unplug(_VSOCK, timeout_s=_UNPLUG_TIMEOUT_S)
+
+    def take_port(self) -> str:
+        """An empty pcie-root-port, for a device to be plugged in. Raises HypervisorError."""
+        if not self._free_ports:
+            ports = HOTPLUG_PORTS + self.config.pcie_root_port
+            raise HypervisorError(
+                f"all {ports} pcie-root-ports are used (pcie_root_port in [hypervisor.qemu])"
+            )
+        return self._free_ports.pop(0)
 
     async def _start_daemons(self, deadline: float) -> None:
         if self._virtiofsd is not None:
@@ -251,7 +333,7 @@ class Qemu(Hypervisor):
         await asyncio.gather(*(daemon.terminate() for daemon in self._daemons))
         if self._console is not None:
             self._console.close()
-        _remove_directory(self.directory)
+        remove_directory(self.directory)
 
     def _release_guest_cid(self) -> None:
         """From QEMU's start on, QEMU holds it."""
@@ -263,25 +345,25 @@ class Qemu(Hypervisor):
     async def cleanup(cls, persisted: Persisted) -> None:
         directory = Path(persisted["directory"])
         await end_processes(directory)
-        _remove_directory(directory)
+        remove_directory(directory)
 
     # -- running
 
     async def pause_vm(self) -> None:
         self.require(VMState.RUNNING)
-        await self._monitor.execute("stop")
+        await self.monitor.execute("stop")
         self.state = VMState.PAUSED
 
     async def resume_vm(self) -> None:
         self.require(VMState.PAUSED)
-        await self._monitor.execute("cont")
+        await self.monitor.execute("cont")
         self.state = VMState.RUNNING
 
     async def save_vm(self) -> None:
         self.require(VMState.PAUSED)
         if not self.config.boot_to_be_template or self.config.devices_state_path is None:
             raise FailedPreconditionError("the machine was not booted to be a template: it cannot be saved")
-        await self._monitor.migrate(self.config.devices_state_path, timeout_s=_MIGRATION_TIMEOUT_S)
+        await self.monitor.migrate(self.config.devices_state_path, timeout_s=_MIGRATION_TIMEOUT_S)
 
     async def wait_dead(self) -> str:
         if self._qemu is None:
@@ -324,7 +406,7 @@ class Qemu(Hypervisor):
         return dict(self._thread_ids)
 
     @property
-    def _monitor(self) -> QMP:
+    def monitor(self) -> QMP:
         assert self._qmp is not None
         return self._qmp
 
@@ -357,12 +439,12 @@ def _require_program(what: str, key: str, path: Path) -> None:
         raise InvalidArgumentError(f"{what} {path} ({key} in [hypervisor.qemu]) is not executable")
 
 
-def _host_memory_mib(meminfo: Path = Path("/proc/meminfo")) -> int:
+def host_memory_mib(meminfo: Path = Path("/proc/meminfo")) -> int:
     first = meminfo.read_text().split("\n", 1)[0]  # "MemTotal:       24683984 kB"
     return int(first.split()[1]) // 1024
 
 
-def _remove_directory(directory: Path) -> None:
+def remove_directory(directory: Path) -> None:
     """With the sockets and logs in it; idempotent, also while another process does the same."""
     with contextlib.suppress(FileNotFoundError):
         for entry in list(directory.iterdir()):

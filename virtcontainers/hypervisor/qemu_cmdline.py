@@ -32,7 +32,14 @@ class Fd:
     name: str
 
 
-Value = str | int | bool | Path | Fd
+@dataclass(frozen=True)
+class FdPath:
+    """The path of a file that QEMU inherits open."""
+
+    name: str
+
+
+Value = str | int | bool | Path | Fd | FdPath
 Fds = Mapping[str, int]
 
 
@@ -54,6 +61,8 @@ def _render(value: Value, fds: Fds) -> str:
         return "on" if value else "off"
     if isinstance(value, Fd):
         return str(fds[value.name])
+    if isinstance(value, FdPath):
+        return f"/proc/self/fd/{fds[value.name]}"
     # QEMU's only way to have a comma in a value.
     return str(value).replace(",", ",,")
 
@@ -169,9 +178,11 @@ def plan(
 ) -> QemuCommandLine:
     """The command line for a configuration; `accel` and `transport` are decided, not AUTO.
 
-    Its `Fd`s are `qmp`, `agent` (SERIAL) and `vhost` (VSOCK, with `guest_cid`). Touches nothing.
+    Its `Fd`s are `qmp`, `agent` (SERIAL), `vhost` (VSOCK, with `guest_cid`) and `memory` (`copies_memory`).
+    Touches nothing.
     """
     assert config.kernel is not None
+    is_template = config.boot_to_be_template or config.boot_from_template
     virtio_fs = shared_path is not None and config.shared_fs is SharedFS.VIRTIO_FS
     vhost_user = virtio_fs or transport is AgentTransport.HVSOCK
     backend = _memory_backend(config, shared=vhost_user)
@@ -222,6 +233,8 @@ def plan(
             devices.append(
                 _virtio("vhost-vsock-pci", {"id": "vsock0", "vhostfd": Fd("vhost"), "guest-cid": guest_cid})
             )
+        case AgentTransport.HVSOCK if is_template:
+            pass  # as virtio-fs: plugged in
         case AgentTransport.HVSOCK:
             chardevs.append(Option("socket", {"id": "vsock", "path": files.vhost_vsock_socket}))
             devices.append(_virtio("vhost-user-vsock-pci", {"id": "vsock0", "chardev": "vsock"}))
@@ -234,13 +247,9 @@ def plan(
                 Option("virtserialport", {"chardev": "agent", "bus": "serial0.0", "name": AGENT_CHANNEL})
             )
 
-    if virtio_fs:
+    if virtio_fs and not is_template:
         chardevs.append(Option("socket", {"id": "fs", "path": files.virtiofsd_socket}))
-        fs: dict[str, Value] = {"chardev": "fs", "tag": MOUNT_GUEST_TAG}
-        fs["queue-size"] = config.virtio_fs_queue_size
-        if config.virtio_fs_cache_size_mib:
-            fs["cache-size"] = f"{config.virtio_fs_cache_size_mib}M"
-        devices.append(Option("vhost-user-fs-pci", fs))
+        devices.append(Option("vhost-user-fs-pci", virtio_fs_device(config, "fs")))
     elif shared_path is not None and config.shared_fs is SharedFS.VIRTIO_9P:
         share: dict[str, Value] = {"id": "share", "path": shared_path, "security_model": "none"}
         # Several file systems are mounted below the path: their inode numbers must not meet.
@@ -274,6 +283,24 @@ def plan(
         incoming="defer" if config.boot_from_template else "",
         debug=config.enable_debug,
     )
+
+
+def virtio_fs_device(config: HypervisorConfig, chardev: str) -> dict[str, Value]:
+    """The properties of vhost-user-fs-pci. It cannot be saved, so clones get it by hotplug."""
+    properties: dict[str, Value] = {"chardev": chardev, "tag": MOUNT_GUEST_TAG}
+    properties["queue-size"] = config.virtio_fs_queue_size
+    if config.virtio_fs_cache_size_mib:
+        properties["cache-size"] = config.virtio_fs_cache_size_mib << 20
+    return properties
+
+
+def copies_memory(config: HypervisorConfig, transport: AgentTransport, shared_path: Path | None) -> bool:
+    """Whether a clone has a copy of the template's memory, `Fd("memory")`, instead of a private mapping.
+
+    A vhost-user daemon would see the template's pages where the guest has written its own.
+    """
+    virtio_fs = shared_path is not None and config.shared_fs is SharedFS.VIRTIO_FS
+    return config.boot_from_template and (virtio_fs or transport is AgentTransport.HVSOCK)
 
 
 def _virtio(driver: str, properties: Mapping[str, Value]) -> Option:
@@ -321,8 +348,10 @@ def _memory_backend(config: HypervisorConfig, *, shared: bool) -> Option | None:
         common["prealloc"] = True
     if config.boot_to_be_template or config.boot_from_template:
         assert config.memory_path is not None
+        if shared and config.boot_from_template:
+            return Option("memory-backend-file", {**common, "mem-path": FdPath("memory"), "share": True})
         # The template writes the file; a clone maps it copy-on-write.
-        share = shared or config.boot_to_be_template
+        share = config.boot_to_be_template
         return Option("memory-backend-file", {**common, "mem-path": config.memory_path, "share": share})
     if config.enable_hugepages:
         return Option("memory-backend-memfd", {**common, "share": True, "hugetlb": True})

@@ -18,6 +18,8 @@ from virtcontainers.hypervisor.base import HypervisorError, QMPFailed
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 COMMAND_TIMEOUT_S = 10.0
+_UNPLUG_AGAIN_S = 2.0
+_POLL_S = 0.01
 
 
 class QMP:
@@ -72,6 +74,27 @@ class QMP:
         except (QMPError, OSError) as error:
             raise QMPFailed(f"QMP getfd: {name} was not sent: {error}") from error
         await self.execute("getfd", {"fdname": name})
+
+    async def unplug(self, device_id: str, *, timeout_s: float) -> None:
+        """Have the guest let go of a device that was plugged in, and return when it is gone; idempotent.
+
+        Raises HypervisorError when the guest keeps it.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline, asked_at = clock() + timeout_s, float("-inf")
+        while await self._has_device(device_id):
+            if clock() > deadline:
+                raise HypervisorError(f"the guest has not let go of {device_id} within {timeout_s:g} s")
+            if clock() - asked_at > _UNPLUG_AGAIN_S:
+                asked_at = clock()
+                # A guest that was just looking at the slot may have missed it.
+                with contextlib.suppress(QMPFailed):
+                    await self.execute("device_del", {"id": device_id})
+            await asyncio.sleep(_POLL_S)
+
+    async def _has_device(self, device_id: str) -> bool:
+        devices = await self.execute("qom-list", {"path": "/machine/peripheral"})
+        return any(device["name"] == device_id for device in devices)
 
     async def migrate(self, path: Path, *, timeout_s: float) -> None:
         """Write the device state to `path` (0600, replaced); the memory stays where it is.

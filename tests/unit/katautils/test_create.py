@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -79,22 +79,14 @@ def test_the_warnings_and_the_debug_level_of_the_configuration_reach_the_log(
 
 
 def test_without_a_factory_machines_are_booted(load: Callable[..., RuntimeConfig]) -> None:
-    assert isinstance(asyncio.run(handle_factory(load())), Direct)
+    assert isinstance(asyncio.run(handle_factory(load())).base, Direct)
 
 
 def test_a_factory_that_cannot_be_had_is_a_warning(
-    load: Callable[..., RuntimeConfig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    load: Callable[..., RuntimeConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = []
-
-    async def new_factory(config: Any, vm: Any, *, fetch_only: bool) -> Direct:
-        asked.append((config.enable_template, fetch_only))
-        if config.enable_template:
-            raise NotFoundError("no template")
-        return Direct()
-
-    monkeypatch.setattr("katautils.factory.new_factory", new_factory)
-    config = load(factory={"enable_template": True})
-    assert isinstance(asyncio.run(handle_factory(config)), Direct)
-    assert asked == [(True, True), (True, False), (False, False)]
-    assert "the machine is booted: no template" in caplog.text
+    (tmp_path / "file").touch()
+    config = load(factory={"enable_template": True, "template_path": str(tmp_path / "file/template")})
+    assert isinstance(asyncio.run(handle_factory(config)).base, Direct)
+    assert "a new template is made: there is no template in" in caplog.text
+    assert "no template can be made, the machine is booted:" in caplog.text
