@@ -31,6 +31,7 @@ from virtcontainers.config import RUN_VC, SharedFS
 from virtcontainers.errors import FailedPreconditionError, KataError, NotFoundError
 from virtcontainers.factory.base import FactoryBase, OnPlanned
 from virtcontainers.factory.fingerprint import Difference, differences, made_of, template_hypervisor
+from virtcontainers.hypervisor.balloon import squeeze
 from virtcontainers.hypervisor.base import HypervisorError, vm_dir
 from virtcontainers.hypervisor.memory_file import allocated_bytes, punch_zeros
 from virtcontainers.hypervisor.process import end_processes
@@ -340,6 +341,12 @@ async def _create_template_vm(
             await vm.start()
             booted = allocated_bytes(memory)
             on_progress("giving memory back")
+            await squeeze(
+                vm.hypervisor.monitor,
+                memory_mib=hypervisor.default_memory_mib,
+                bus=vm.hypervisor.take_port(),
+                timeout_s=_SQUEEZE_TIMEOUT_S,
+            )
             await vm.disconnect()
             # What the agent does when its host has gone is done when it answers the next.
             await vm.connect(config.agent.dial_timeout_s)
