@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from katautils.cli import containerd
-from katautils.cli.output import Cell, Colour, is_terminal, print_table
+from katautils.cli.output import Cell, Colour, is_terminal, mib, print_table
 from katautils.config import RuntimeConfig, load_configuration
 from virtcontainers.config import Accel, AgentConfig, AgentTransport, HypervisorConfig, SharedFS
 from virtcontainers.errors import KataError, NotFoundError
@@ -84,6 +84,8 @@ def examine(config_path: Path | None) -> Iterator[Finding]:
         yield from _guest(hypervisor)
         if hypervisor.shared_fs is SharedFS.VIRTIO_FS:
             yield _virtiofsd(hypervisor)
+        if config.factory.enable_template:
+            yield from _template(config)
     yield from _containerd()
 
 
@@ -197,7 +199,7 @@ def _guest(config: HypervisorConfig) -> Iterator[Finding]:
         if size == 0:
             yield Finding(key, Status.FAILURE, f"{path} is empty", way_out)
         else:
-            yield Finding(key, Status.OK, f"{path} ({size / (1 << 20):.1f} MiB)")
+            yield Finding(key, Status.OK, f"{path} ({mib(size)})")
 
 
 def _virtiofsd(config: HypervisorConfig) -> Finding:
@@ -213,6 +215,44 @@ def _virtiofsd(config: HypervisorConfig) -> Finding:
             "virtiofsd", Status.FAILURE, f"{path} does not tell its version", "install another one"
         )
     return Finding("virtiofsd", Status.OK, f"{path} {version[0]}")
+
+
+def _template(config: RuntimeConfig) -> Iterator[Finding]:
+    from katautils.cli.factory import vm_config
+    from virtcontainers.factory.template import Template, TemplateMisfit, TemplateMissing
+
+    path = config.factory.template_path
+    way_out = "`kata-py factory init` makes it, or the next pod"
+    if (problem := _no_room_for_template(path)) is not None:
+        yield Finding("template", Status.WARNING, *problem)
+    try:
+        template = Template.fetch(path, vm_config(config))
+    except TemplateMissing as error:
+        yield Finding("template", Status.WARNING, str(error), way_out)
+    except TemplateMisfit as error:
+        parts = ", ".join(difference.part for difference in error.differences)
+        found = f"the one in {path} does not fit the configuration: it differs in {parts}"
+        yield Finding("template", Status.WARNING, found, way_out)
+    except KataError as error:
+        yield Finding("template", Status.WARNING, str(error), way_out)
+    else:
+        size = mib(template.info.memory_allocated_bytes)
+        yield Finding("template", Status.OK, f"the one in {path} fits, {size}")
+
+
+def _no_room_for_template(path: Path) -> tuple[str, str] | None:
+    """What keeps a tmpfs from being mounted there, and the way out."""
+    if "\ttmpfs\n" not in Path("/proc/filesystems").read_text():
+        return "the kernel has no tmpfs", "set enable_template = false in [factory]"
+    way_out = "set template_path in [factory] to a folder that is empty, or does not exist"
+    try:
+        if path.is_dir() and not path.is_mount() and any(path.iterdir()):
+            return f"template_path {path} has files in it and is no tmpfs", way_out
+        if path.exists() and not path.is_dir():
+            return f"template_path {path} is no folder", way_out
+    except PermissionError:
+        return None
+    return None
 
 
 def _containerd() -> Iterator[Finding]:

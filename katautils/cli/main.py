@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from katautils.cli.check import check
 
             return check(options.config)
+        if options.command == "factory":
+            return _factory(options)
         from katautils.cli.env import env
 
         return env(options.config, as_json=options.json)
@@ -38,6 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has seen enough; and the interpreter must not flush into it once more.
         sys.stdout = None
         return 1
+    except KeyboardInterrupt:
+        return 130  # as shells have it: 128 + SIGINT
+
+
+def _factory(options: argparse.Namespace) -> int:
+    if options.action == "status":
+        from katautils.cli.factory_status import status
+
+        return status(options.config, as_json=options.json)
+    from katautils.cli.factory import destroy, init
+
+    return init(options.config, force=options.force) if options.action == "init" else destroy(options.config)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +81,34 @@ def _parser() -> argparse.ArgumentParser:
         description="Print the resolved configuration, and the versions of what takes part.",
     )
     env.add_argument("--json", action="store_true", help="as JSON")
+    factory = commands.add_parser(
+        "factory",
+        help="make, show or remove the template and the VM cache",
+        description="The template that machines are cloned from, and the cache of machines that are ready.",
+    )
+    actions = factory.add_subparsers(dest="action", metavar="ACTION", required=True)
+    init = actions.add_parser(
+        "init",
+        parents=[config],
+        help="make the template, or serve the VM cache",
+        description="Make the template that enable_template asks for, unless one is there that fits. With "
+        "vm_cache_number, keep so many machines ready, until SIGTERM, Ctrl-C or `factory destroy`.",
+    )
+    init.add_argument("--force", action="store_true", help="make it anew, also when one is there that fits")
+    actions.add_parser(
+        "destroy",
+        parents=[config],
+        help="remove the template, and end the VM cache",
+        description="Remove the template and its tmpfs, and end the VM cache. Pods go on.",
+    )
+    status = actions.add_parser(
+        "status",
+        parents=[config],
+        help="show the template, its clones, and the VM cache",
+        description="Show what the template is made of, whether it fits the configuration, which clones run "
+        "and what they cost the host, and the machines of the VM cache.",
+    )
+    status.add_argument("--json", action="store_true", help="as JSON, with sizes in bytes")
     commands.add_parser("version", help="print the version", description="Print the version of kata-py.")
     return parser
 

@@ -83,14 +83,20 @@ def start_machine(template: Path, tmp_path: Path) -> Iterator[StartMachine]:
         process.communicate()
 
 
+def clones_of(template: Path) -> list[Clone]:
+    """Without what others run: of a copy it cannot be seen whose template it was."""
+    machines = template.parent / "vm"
+    return [clone for clone in find_clones(template) if clone.vm_directory.is_relative_to(machines)]
+
+
 def only(clones: list[Clone]) -> Clone:
     (clone,) = clones
     return clone
 
 
 def test_without_clones_there_are_none(template: Path, tmp_path: Path) -> None:
-    assert find_clones(template) == []
-    assert find_clones(tmp_path / "nothing") == []
+    assert clones_of(template) == []
+    assert clones_of(tmp_path / "nothing") == []
 
 
 def test_a_clone_shares_what_it_has_not_written(
@@ -98,7 +104,7 @@ def test_a_clone_shares_what_it_has_not_written(
 ) -> None:
     idle = start_machine("idle", touched=MEMORY_PAGES)
     busy = start_machine("busy", touched=MEMORY_PAGES, written=MEMORY_PAGES // 2)
-    clones = {clone.pid: clone for clone in find_clones(template)}
+    clones = {clone.pid: clone for clone in clones_of(template)}
     assert set(clones) == {idle, busy}
     assert clones[busy].vm_directory == tmp_path / "vm/busy"
     assert clones[busy].sandbox_id == "busy"
@@ -113,14 +119,14 @@ def test_a_clone_shares_what_it_has_not_written(
 def test_a_clone_costs_little_that_is_not_its_own(template: Path, start_machine: StartMachine) -> None:
     """Programs and libraries are the page cache's, whoever is the only one to map them."""
     pid = start_machine("one", touched=MEMORY_PAGES)
-    clone = only(find_clones(template))
+    clone = only(clones_of(template))
     assert clone.pid == pid
     assert 1 << 20 < clone.own_bytes < MEMORY_PAGES * PAGE
 
 
 def test_a_machine_with_a_copy_shares_nothing(template: Path, start_machine: StartMachine) -> None:
     start_machine("copy", how="copy", touched=MEMORY_PAGES // 2, written=1)
-    clone = only(find_clones(template))
+    clone = only(clones_of(template))
     assert clone.memory is CloneMemory.COPY
     assert clone.shared_bytes == 0
     # What was copied counts although nobody has looked at it yet; to see that takes root.
@@ -132,12 +138,12 @@ def test_the_machine_that_becomes_the_template_is_no_clone(
     template: Path, start_machine: StartMachine
 ) -> None:
     start_machine("template", how="builder", touched=1)
-    assert find_clones(template) == []
+    assert clones_of(template) == []
 
 
 def test_who_only_maps_the_file_is_no_machine(template: Path, start_machine: StartMachine) -> None:
     start_machine("", touched=1)
-    assert find_clones(template) == []
+    assert clones_of(template) == []
 
 
 def test_a_clone_of_an_older_template_is_told_from_the_others(
@@ -147,16 +153,16 @@ def test_a_clone_of_an_older_template_is_told_from_the_others(
     build(template, "two")
     new = start_machine("new", touched=2)
     expected = {old: CloneMemory.OLD_TEMPLATE, new: CloneMemory.TEMPLATE}
-    assert {clone.pid: clone.memory for clone in find_clones(template)} == expected
+    assert {clone.pid: clone.memory for clone in clones_of(template)} == expected
     for file in (template / "builds/one").iterdir():
         file.unlink()
-    assert {clone.pid: clone.memory for clone in find_clones(template)} == expected
+    assert {clone.pid: clone.memory for clone in clones_of(template)} == expected
 
 
 def test_a_template_path_that_is_a_link(template: Path, start_machine: StartMachine, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(template)
     start_machine("one", touched=1)
-    assert only(find_clones(tmp_path / "link")).memory is CloneMemory.TEMPLATE
+    assert only(clones_of(tmp_path / "link")).memory is CloneMemory.TEMPLATE
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
@@ -169,6 +175,6 @@ def test_a_clone_lives_on_without_its_template(
         pid = start_machine("one", touched=7)
     finally:
         subprocess.run(["umount", "--lazy", template], check=True)
-    clone = only(find_clones(template))
+    clone = only(clones_of(template))
     assert (clone.pid, clone.memory) == (pid, CloneMemory.OLD_TEMPLATE)
     assert clone.shared_bytes >= 7 * PAGE
