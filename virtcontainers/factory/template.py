@@ -49,6 +49,7 @@ _ROOM_BYTES = 64 << 20
 """On the tmpfs, beside the memory."""
 _MOUNT_FLAGS = mount.MS_NOSUID | mount.MS_NODEV | mount.MS_NOEXEC
 _LINKS = ("memory", "state", "template.json")
+_OURS = ("builds", "current", ".current", *_LINKS)
 
 OnProgress = Callable[[str], None]
 
@@ -236,6 +237,15 @@ async def destroy(path: Path) -> bool:
     async with _builders_lock(path):
         if not path.exists():
             return False
+        try:
+            others = sorted(entry.name for entry in path.iterdir() if entry.name not in _OURS)
+        except OSError as error:
+            raise KataError(f"template_path {path}: {error}") from error
+        if others:
+            # A slip in the configuration must not cost anybody his files.
+            raise FailedPreconditionError(
+                f"template_path {path}: found {others[0]}, expected a template alone"
+            )
         with suppress(FileNotFoundError):
             (path / "current").unlink()
         await sweep(path)

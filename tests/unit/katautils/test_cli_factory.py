@@ -203,6 +203,15 @@ def test_destroy_says_who_still_needs_the_memory(config: Path, template: Path, c
     assert clone_of_json(status_json(config), clone)["memory"] == "old template"
 
 
+@as_root
+def test_destroy_leaves_a_folder_that_is_not_the_templates(config: Path, template: Path) -> None:
+    (template / "mine").touch()
+    result = factory("destroy", "--config", config)
+    assert result.returncode == 1
+    assert f"kata-py: template_path {template}: found mine, expected a template alone\n" in result.stderr
+    assert sorted(entry.name for entry in template.iterdir()) == ["builds", "current", "memory", "mine"]
+
+
 # -- status
 
 
