@@ -73,6 +73,7 @@ class Factory:
                 # Before anything else is asked of it: what it knows, other copies know.
                 await vm.reseed_rng()
                 await vm.sync_time()
+                await vm.hypervisor.wait_plugged(config.agent.dial_timeout_s)
                 log.debug(
                     "%s: machine after %.0f ms", type(self.base).__name__, 1000 * (clock() - started_at)
                 )

@@ -20,6 +20,7 @@ from virtcontainers.hypervisor.base import (
     Hypervisor,
     HypervisorError,
     Persisted,
+    QMPFailed,
     VMState,
     vm_dir,
 )
@@ -50,7 +51,9 @@ log = logging.getLogger(__name__)
 MACHINE_TYPE = "q35"
 _MIGRATION_TIMEOUT_S = 30.0
 _UNPLUG_TIMEOUT_S = 30.0
+_PLUGGED_POLL_S = 0.01
 _VSOCK = "vsock0"
+_SHARE = "fs0"
 _LAST_WORDS_TIMEOUT_S = 1.0
 _CONSOLE_TAIL_LINES = 30
 """A panic's reason stands above its trace of some 20 lines."""
@@ -250,8 +253,31 @@ class Qemu(Hypervisor):
             await self._plug({"driver": "vhost-user-vsock-pci", "id": _VSOCK, "chardev": "vsock"})
         if self._virtiofsd is not None:
             await self._add_socket("fs", self.files.virtiofsd_socket)
-            device = {"driver": "vhost-user-fs-pci", "id": "fs0", **virtio_fs_device(self.config, "fs")}
+            device = {"driver": "vhost-user-fs-pci", "id": _SHARE, **virtio_fs_device(self.config, "fs")}
             await self._plug(device)
+
+    async def wait_plugged(self, timeout_s: float) -> None:
+        """Return when the guest drives the share that was plugged into it. Raises BootTimeout."""
+        if self._virtiofsd is None or not self.config.boot_from_template:
+            return
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout_s
+        while True:
+            try:
+                device = {"path": f"/machine/peripheral/{_SHARE}/virtio-backend"}
+                found = await self.monitor.execute("x-query-virtio-status", device)
+            except QMPFailed as error:
+                self._log.debug("not known whether the guest has its share: %s", error)
+                return  # a QEMU of before 7.2; our agent waits for it, too
+            statuses = found["status"]["statuses"]
+            if any("DRIVER_OK" in status for status in statuses):
+                return
+            if clock() > deadline:
+                raise BootTimeout(
+                    f"the guest does not drive vhost-user-fs-pci within {timeout_s:g} s: "
+                    f"found status {statuses}"
+                )
+            await asyncio.sleep(_PLUGGED_POLL_S)
 
     async def _add_socket(self, chardev: str, path: Path) -> None:
         address = {"type": "unix", "data": {"path": str(path)}}
