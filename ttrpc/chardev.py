@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
+import select
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -25,10 +25,11 @@ _HANDSHAKE_BYTES = _NONCE_BYTES + 1
 
 _LIMIT = 1 << 20
 _PIECE = 64 << 10
-_RETRY_FIRST_S = 0.02
-_RETRY_MAX_S = 0.25
+# QEMU keeps what is sent until the guest has opened its port: the first handshake is hardly ever lost. One
+# more only keeps a machine busy that has just been cloned, whose every step is slow.
+_RETRY_FIRST_S = 0.1
+_RETRY_MAX_S = 0.4
 _RETRY_LATE_S = 5.0
-_HOST_POLL_S = 1.0
 
 
 def escape(data: bytes) -> bytes:
@@ -221,9 +222,8 @@ class _Host(asyncio.Protocol):
 class ChardevListener:
     """The guest's side: owns the nonblocking descriptor of the port, and accepts one host after another.
 
-    While no host is there a read answers end-of-file at once and epoll reports a hang-up without end: then
-    the port is not watched but asked again on SIGIO, which the driver sends when a host comes, and every
-    second.
+    While no host is there a read answers end-of-file at once and epoll reports a hang-up without end. Then
+    the port is watched through an epoll of its own that tells of changes only.
     """
 
     def __init__(self, fd: int) -> None:
@@ -235,9 +235,9 @@ class ChardevListener:
         self._seen = b""
         self._paused = False
         self._writing_paused = False
-        self._timer: asyncio.TimerHandle | None = None
         os.set_blocking(fd, False)
-        self._ask_for_sigio()
+        self._changes = select.epoll()
+        self._changes.register(fd, select.EPOLLIN | select.EPOLLET)
         self._readable()
 
     async def accept(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -250,31 +250,14 @@ class ChardevListener:
     def close(self) -> None:
         """End the connection and close the descriptor."""
         self._unwatch()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._loop.remove_reader(self._changes)
         if self._inner is not None:
             self._inner.lose()
+        self._changes.close()
         os.close(self._fd)
 
-    def _ask_for_sigio(self) -> None:
-        import fcntl
-
-        # Not every descriptor can (a pty in a test can't): the poll does it then.
-        with contextlib.suppress(OSError, ValueError, RuntimeError):
-            self._loop.add_signal_handler(signal.SIGIO, self._wake)
-            fcntl.fcntl(self._fd, fcntl.F_SETOWN, os.getpid())
-            flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
-            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_ASYNC)
-
-    def _wake(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._readable()
-
     def _watch(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._loop.remove_reader(self._changes)
         if self._paused:
             self._loop.remove_reader(self._fd)
         else:
@@ -291,7 +274,12 @@ class ChardevListener:
     def _no_host(self) -> None:
         self._drop()
         self._unwatch()
-        self._timer = self._loop.call_later(_HOST_POLL_S, self._readable)
+        self._loop.add_reader(self._changes, self._changed)
+
+    def _changed(self) -> None:
+        # Taken before the port is read: a host that comes now is the next change.
+        self._changes.poll(0)
+        self._readable()
 
     def _drop(self) -> None:
         """End the connection with all that it still had to send."""
@@ -320,25 +308,26 @@ class ChardevListener:
     def _received(self, data: bytes) -> None:
         data = self._seen + data
         self._seen = b""
-        while data:
-            before, mark, rest = data.partition(_MARK)
-            if before and self._inner is not None:
-                self._inner.feed(before)
-            if not mark:
-                return
-            self._drop()
-            if len(rest) < _HANDSHAKE_BYTES:
-                self._seen = mark + rest
-                return
-            hail, data = rest[:_HANDSHAKE_BYTES], rest[_HANDSHAKE_BYTES:]
-            if not hail.endswith(b"\n") or not all(c in b"0123456789abcdef" for c in hail[:-1]):
-                # No handshake; one may begin inside it.
-                data = hail[hail.find(_MARK) :] + data if _MARK in hail else data
-                continue
-            self._out += _MARK + hail
-            self._inner = _Inner(self)
-            self._accepted.put_nowait(self._inner)
-            self._flush()
+        before, mark, _ = data.partition(_MARK)
+        if before and self._inner is not None:
+            self._inner.feed(before)
+        if not mark:
+            return
+        self._drop()
+        # The last one: the host has given up those before it.
+        rest = data[data.rindex(_MARK) + 1 :]
+        if len(rest) < _HANDSHAKE_BYTES:
+            self._seen = mark + rest
+            return
+        hail, data = rest[:_HANDSHAKE_BYTES], rest[_HANDSHAKE_BYTES:]
+        if not hail.endswith(b"\n") or not all(c in b"0123456789abcdef" for c in hail[:-1]):
+            return
+        self._out += _MARK + hail
+        self._inner = _Inner(self)
+        self._accepted.put_nowait(self._inner)
+        self._flush()
+        if data:
+            self._inner.feed(data)
 
     def _writable(self) -> None:
         before = len(self._out)
