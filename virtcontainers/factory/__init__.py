@@ -16,7 +16,7 @@ from virtcontainers.config import FactoryConfig
 from virtcontainers.errors import KataError
 from virtcontainers.factory.base import FactoryBase, OnPlanned
 from virtcontainers.factory.direct import Direct
-from virtcontainers.hypervisor.base import VMState
+from virtcontainers.hypervisor.base import HypervisorError, RestoreFailed, VMState
 from virtcontainers.vm import VM, VMConfig
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ class Factory:
         try:
             return await self._get_vm(vm_id, config, shared_path, on_planned)
         except KataError as error:
+            if isinstance(error, RestoreFailed):
+                self.base.reject(str(error))
             if self.otherwise is None:
                 raise
             logger.warning("no machine from %s: %s", name, error)
@@ -69,7 +71,10 @@ class Factory:
         try:
             if vm.hypervisor.state is VMState.PAUSED:
                 await vm.resume()
-                await vm.connect(config.agent.dial_timeout_s)
+                try:
+                    await vm.connect(config.agent.dial_timeout_s)
+                except HypervisorError as error:
+                    raise RestoreFailed(str(error)) from error
                 # Before anything else is asked of it: what it knows, other copies know.
                 await vm.reseed_rng()
                 await vm.sync_time()

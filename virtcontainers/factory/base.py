@@ -36,6 +36,10 @@ class FactoryBase(ABC):
         time nor any randomness of its own. Raises KataError's classes; nothing is left then.
         """
 
+    def reject(self, reason: str) -> None:
+        """Told that a copy could not be brought to life: the next machine is to come from something else."""
+        return
+
     async def close_factory(self) -> None:
         """Remove what the factory keeps for machines to come; idempotent."""
         return

@@ -28,11 +28,11 @@ from pathlib import Path
 
 from virtcontainers import mount
 from virtcontainers.config import RUN_VC, SharedFS
-from virtcontainers.errors import FailedPreconditionError, KataError, NotFoundError
+from virtcontainers.errors import DeadlineExceededError, FailedPreconditionError, KataError, NotFoundError
 from virtcontainers.factory.base import FactoryBase, OnPlanned
 from virtcontainers.factory.fingerprint import Difference, differences, made_of, template_hypervisor
 from virtcontainers.hypervisor.balloon import squeeze
-from virtcontainers.hypervisor.base import HypervisorError, vm_dir
+from virtcontainers.hypervisor.base import vm_dir
 from virtcontainers.hypervisor.memory_file import allocated_bytes, punch_zeros
 from virtcontainers.hypervisor.process import end_processes
 from virtcontainers.hypervisor.qemu import remove_directory
@@ -41,6 +41,7 @@ from virtcontainers.vm import VM, VMConfig
 log = logging.getLogger(__name__)
 
 _LOCK_POLL_S = 0.02
+_LOCK_TIMEOUT_S = 60.0
 _FAILURE_KEPT_S = 60.0
 """For so long nobody tries again what has failed: each of many pods would wait for it to fail once more."""
 _SQUEEZE_TIMEOUT_S = 30.0
@@ -168,7 +169,7 @@ class Template(FactoryBase):
         """
         asked_at = time.time()
         parts = made_of(config)
-        async with _builders_lock(path, on_progress):
+        async with _builders_lock(path, config.agent.dial_timeout_s + _LOCK_TIMEOUT_S, on_progress):
             if not force:
                 with suppress(KataError):
                     return cls.fetch(path, config)
@@ -188,7 +189,7 @@ class Template(FactoryBase):
     async def get_base_vm(
         self, vm_id: str, config: VMConfig, *, shared_path: Path | None, on_planned: OnPlanned
     ) -> VM:
-        """A paused clone. One that cannot be started is the end of the template: it is made anew."""
+        """A paused clone."""
         with self._lease() as info:
             hypervisor = replace(
                 template_hypervisor(self.config.hypervisor, info.directory),
@@ -199,12 +200,14 @@ class Template(FactoryBase):
             try:
                 on_planned(vm.hypervisor.save())
                 await vm.start(config.agent.dial_timeout_s)
-            except BaseException as error:
+            except BaseException:
                 await asyncio.shield(vm.stop())
-                if isinstance(error, HypervisorError):
-                    _note_failure(self.path, info.made_of, str(error), of=info)
                 raise
         return vm
+
+    def reject(self, reason: str) -> None:
+        log.error("the template %s is not used any more: %s", self.info.directory, reason)
+        _note_failure(self.path, self.info.made_of, reason, of=self.info)
 
     @contextmanager
     def _lease(self) -> Iterator[TemplateInfo]:
@@ -234,7 +237,7 @@ async def destroy(path: Path) -> bool:
 
     Clones go on: they hold what they need. Raises KataError.
     """
-    async with _builders_lock(path):
+    async with _builders_lock(path, _LOCK_TIMEOUT_S):
         if not path.exists():
             return False
         try:
@@ -395,11 +398,18 @@ async def _create_template_vm(
 
 
 @asynccontextmanager
-async def _builders_lock(path: Path, on_progress: OnProgress = lambda step: None) -> AsyncIterator[None]:
-    """Whoever holds it changes what is in `path`. It ends with its holder, however that ends."""
+async def _builders_lock(
+    path: Path, timeout_s: float, on_progress: OnProgress = lambda step: None
+) -> AsyncIterator[None]:
+    """Whoever holds it changes what is in `path`. It ends with its holder, however that ends.
+
+    Raises DeadlineExceededError when another holds it too long.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    deadline = asyncio.get_running_loop().time() + timeout_s
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fd = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise KataError(f"template_path {path}: {error}") from error
     try:
@@ -412,6 +422,10 @@ async def _builders_lock(path: Path, on_progress: OnProgress = lambda step: None
                 if not waited:
                     on_progress("waiting for another builder")
                     waited = True
+                if asyncio.get_running_loop().time() > deadline:
+                    raise DeadlineExceededError(
+                        f"template_path {path}: another builder holds {lock} for more than {timeout_s:g} s"
+                    ) from None
                 await asyncio.sleep(_LOCK_POLL_S)
         yield
     finally:

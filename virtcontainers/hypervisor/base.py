@@ -22,6 +22,10 @@ class BootTimeout(HypervisorError, DeadlineExceededError):
     """QEMU, or a daemon beside it, was not ready in time; the message carries the tail of its log."""
 
 
+class RestoreFailed(HypervisorError):
+    """A saved machine cannot be continued: QEMU refuses its state, or what came of it does not answer."""
+
+
 class QMPFailed(HypervisorError):
     """QEMU refused a QMP command; the message names the command and QEMU's reason."""
 

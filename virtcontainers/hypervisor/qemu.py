@@ -21,6 +21,7 @@ from virtcontainers.hypervisor.base import (
     HypervisorError,
     Persisted,
     QMPFailed,
+    RestoreFailed,
     VMState,
     vm_dir,
 )
@@ -204,16 +205,25 @@ class Qemu(Hypervisor):
         except HypervisorError as error:
             raise await self._start_failure(error) from error
         if self.config.boot_from_template:
-            assert self.config.devices_state_path is not None
-            await self._qmp.migrate_incoming(
-                self.config.devices_state_path, timeout_s=max(0.0, deadline - clock())
-            )
+            await self._restore(max(0.0, deadline - clock()))
         if self.config.boot_from_template or self.config.boot_to_be_template:
             await self._plug_vhost_user()
         cpus = await self._qmp.execute("query-cpus-fast")
         self._thread_ids = {cpu["cpu-index"]: cpu["thread-id"] for cpu in cpus}
         self.state = VMState.PAUSED if self.config.boot_from_template else VMState.RUNNING
         self._log.debug("QEMU (pid %d) runs after %.0f ms", self._qemu.pid, 1000 * (clock() - started_at))
+
+    async def _restore(self, timeout_s: float) -> None:
+        assert self._qmp is not None and self._qemu is not None
+        assert self.config.devices_state_path is not None
+        try:
+            await self._qmp.migrate_incoming(self.config.devices_state_path, timeout_s=timeout_s)
+        except QMPFailed as error:
+            with contextlib.suppress(TimeoutError):
+                # It ends by itself when it cannot make anything of the state.
+                async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+                    await self._qemu.wait()
+            raise RestoreFailed(with_tail(str(error), self._qemu.log)) from error
 
     @property
     def _copies_memory(self) -> bool:
