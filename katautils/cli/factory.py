@@ -16,7 +16,7 @@ from virtcontainers.errors import FailedPreconditionError, KataError, Unimplemen
 from virtcontainers.vm import VMConfig
 
 if TYPE_CHECKING:
-    from virtcontainers.factory.template import Template, TemplateInfo
+    from virtcontainers.factory.template import Template
 
 
 def vm_config(config: RuntimeConfig) -> VMConfig:
@@ -105,15 +105,13 @@ async def _init_template(config: RuntimeConfig, progress: Progress, *, force: bo
             )
             return template
     template = await Template.new(path, vm, force=force, retry=True, on_progress=progress.step)
-    progress.close(f"The template is in {path}: {_in_figures(template.info)}; {progress.elapsed_s:.1f} s.")
-    return template
-
-
-def _in_figures(info: TemplateInfo) -> str:
-    return (
-        f"{mib(info.memory_allocated_bytes)} for a memory of {mib(info.memory_bytes)}, "
-        f"{mib(info.given_back_bytes)} were given back by the guest, {mib(info.zero_bytes)} were zeros"
+    info = template.info
+    progress.close(
+        f"The template is in {path}, after {progress.elapsed_s:.1f} s: {mib(info.memory_allocated_bytes)} of "
+        f"{mib(info.memory_bytes)}; {mib(info.given_back_bytes)} were given back, {mib(info.zero_bytes)} were "
+        "zeros."
     )
+    return template
 
 
 async def _destroy(config: RuntimeConfig) -> None:
