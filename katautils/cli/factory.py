@@ -106,10 +106,10 @@ async def _init_template(config: RuntimeConfig, progress: Progress, *, force: bo
             return template
     template = await Template.new(path, vm, force=force, retry=True, on_progress=progress.step)
     info = template.info
+    size = f"{mib(info.memory_allocated_bytes)} of {mib(info.memory_bytes)}"
     progress.close(
-        f"The template is in {path}, after {progress.elapsed_s:.1f} s: {mib(info.memory_allocated_bytes)} of "
-        f"{mib(info.memory_bytes)}; {mib(info.given_back_bytes)} were given back, {mib(info.zero_bytes)} were "
-        "zeros."
+        f"The template is in {path}, after {progress.elapsed_s:.1f} s: {size}; "
+        f"{mib(info.given_back_bytes)} were given back, {mib(info.zero_bytes)} were zeros."
     )
     return template
 
