@@ -48,10 +48,14 @@ class Crun:
         """A new short path: sockets' paths are limited to 107 bytes."""
         return f"{self.directory}/{next(self._numbers)}.{suffix}"
 
-    async def run(self, *arguments: str, fds: tuple[int, int, int]) -> None:
-        """Run one command of crun; raises StatusError with crun's words."""
+    def prepare(self) -> None:
+        """What the first command waits for; `run` does it else. Raises OSError."""
         if self._sealed < 0:
             self._sealed = _sealed_copy(self._executable)
+
+    async def run(self, *arguments: str, fds: tuple[int, int, int]) -> None:
+        """Run one command of crun; raises StatusError with crun's words."""
+        self.prepare()
         log_path = self.scratch("log")
         argv = ["crun", f"--root={self.root}", "--cgroup-manager=cgroupfs", f"--log={log_path}", *arguments]
         try:

@@ -90,15 +90,27 @@ async def serve(listen: str, *, is_init: bool) -> None:
     reaper = Reaper()
     reaper.start()
     server = Server(map_error=map_error)
-    service = AgentService(Sandbox(reaper), is_init=is_init)
+    sandbox = Sandbox(reaper)
+    service = AgentService(sandbox, is_init=is_init)
     server.register(agent_pb2.DESCRIPTOR.services_by_name["AgentService"], service)
     server.register(health_pb2.DESCRIPTOR.services_by_name["Health"], HealthService())
+
+    hosts = 0
+
+    async def serve_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal hosts
+        await server.serve_connection(reader, writer)
+        hosts += 1
+        if hosts == 1:
+            from guest.agent.warm import warm_up
+
+            warm_up(sandbox)
 
     async def serve_socket(family: int, address: str | tuple[int, int]) -> None:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         sock.bind(address)
         # Not Server.serve: asyncio's servers of unix sockets refuse vsock's.
-        listening = await asyncio.start_server(server.serve_connection, sock=sock, limit=READ_LIMIT)
+        listening = await asyncio.start_server(serve_connection, sock=sock, limit=READ_LIMIT)
         log.info("listening on %s", address)
         await listening.serve_forever()
 
@@ -116,7 +128,7 @@ async def serve(listen: str, *, is_init: bool) -> None:
         while True:
             reader, writer = await serial.accept()
             try:
-                await server.serve_connection(reader, writer)
+                await serve_connection(reader, writer)
             except Exception:
                 log.exception("connection on %s", path)
 

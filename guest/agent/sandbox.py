@@ -52,6 +52,10 @@ class Sandbox:
         hierarchies = [point for point, root, fstype in mounts() if fstype == "cgroup2" and root == "/"]
         self._cgroup_root = hierarchies[-1] if hierarchies else "/sys/fs/cgroup"
 
+    def prepare(self) -> None:
+        """For the first container, before there is one. Raises OSError."""
+        self._crun.prepare()
+
     async def create(self, request: agent_pb2.CreateSandboxRequest) -> None:
         """Can be called again: a host that lost the answer of its first call asks so."""
         if self._created and request.sandbox_id != self.id:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import logging
 import os
 import stat
@@ -18,6 +20,10 @@ log = logging.getLogger(__name__)
 _OVERLAY_RW = "io.katacontainers.fs-opt.overlay-rw"
 _OVERLAY_CREATE_DIRECTORY = "io.katacontainers.volume.overlayfs.create_directory="
 _FS_GID = "fsgid"
+
+_VIRTIO_FS_TIMEOUT_S = 10.0
+_VIRTIO_FS_POLL_S = 0.01
+_VIRTIO_FS_DRIVER = "/sys/bus/virtio/drivers/virtiofs"
 
 _MOUNTING = ("9p", "virtio-fs", "overlayfs", "bind")
 HANDLERS = (
@@ -123,7 +129,10 @@ class Storages:
         if storage.driver == "bind":
             fstype = "bind"
         try:
-            mount(source, storage.mount_point, fstype, options)
+            if fstype == "virtiofs":
+                await _mount_virtio_fs(source, storage.mount_point, options)
+            else:
+                mount(source, storage.mount_point, fstype, options)
         except OSError as error:
             raise StatusError(
                 Code.INTERNAL,
@@ -148,6 +157,37 @@ class Storages:
         for path in directories.values():
             os.makedirs(path, exist_ok=True)
         return [f"{name}dir={path}" for name, path in directories.items()]
+
+
+async def _mount_virtio_fs(tag: str, mount_point: str, options: list[str]) -> None:
+    """Wait for the device: a clone's is plugged in when the clone already runs. Raises OSError, and
+    StatusError (DEADLINE_EXCEEDED) that names the tag."""
+    deadline = asyncio.get_running_loop().time() + _VIRTIO_FS_TIMEOUT_S
+    while True:
+        # Looked for first: one that comes after a look is not to blame for the mount that fails.
+        is_there = _has_virtio_fs()
+        try:
+            mount(tag, mount_point, "virtiofs", options)
+            return
+        except OSError as error:
+            # What a tag is answered that no device has, and options that are refused.
+            if error.errno != errno.EINVAL or is_there:
+                raise
+        if asyncio.get_running_loop().time() > deadline:
+            raise StatusError(
+                Code.DEADLINE_EXCEEDED,
+                f"mount {tag} (virtiofs) at {mount_point}: "
+                f"no virtio-fs device after {_VIRTIO_FS_TIMEOUT_S:g} s",
+            )
+        await asyncio.sleep(_VIRTIO_FS_POLL_S)
+
+
+def _has_virtio_fs() -> bool:
+    """Whether a device is ready; the driver's directory names its devices."""
+    try:
+        return any(name.startswith("virtio") for name in os.listdir(_VIRTIO_FS_DRIVER))
+    except FileNotFoundError:
+        return False
 
 
 def remount_ephemeral(storages: Iterable[agent_pb2.Storage]) -> None:
