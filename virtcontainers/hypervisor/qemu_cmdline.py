@@ -226,6 +226,9 @@ def plan(
 
     objects.append(Option("rng-random", {"id": "rng0", "filename": config.entropy_source}))
     devices.append(_virtio("virtio-rng-pci", {"rng": "rng0"}))
+    if config.boot_to_be_template or config.boot_from_template:
+        # Tells the guest's kernel that it is a clone, whose random numbers must be its own.
+        devices.append(Option("vmgenid", {"guid": "auto"}))
 
     match transport:
         case AgentTransport.VSOCK:
