@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 
-from virtcontainers.hypervisor.base import HypervisorError, QMPFailed
+from virtcontainers.hypervisor.base import QMPFailed
 from virtcontainers.hypervisor.qmp import QMP
 
 log = logging.getLogger(__name__)
@@ -19,7 +18,6 @@ _TARGET_BYTES = 1 << 20
 _POLL_S = 0.02
 _STILL_S = 0.5
 """A balloon that gets no page tries again after 0.2 s (Linux, drivers/virtio/virtio_balloon.c)."""
-_UNPLUG_AGAIN_S = 2.0
 _UNPLUG_TIMEOUT_S = 30.0
 
 
@@ -43,8 +41,8 @@ async def squeeze(qmp: QMP, *, memory_mib: int, bus: str, timeout_s: float) -> b
         log.warning("the guest gives no memory back: %s", error or f"not within {timeout_s:g} s")
         squeezed = False
     finally:
-        # Though cancelled: without the guest's driver the balloon lets go of all that it holds.
-        await asyncio.shield(_unplug(qmp))
+        # Though cancelled. With the device goes the driver's hold on all that is still in the balloon.
+        await asyncio.shield(qmp.unplug(_ID, timeout_s=_UNPLUG_TIMEOUT_S))
     return squeezed
 
 
@@ -77,20 +75,3 @@ async def _settled(qmp: QMP) -> int:
         if (found := await _size(qmp)) != size:
             size, since = found, clock()
     return size
-
-
-async def _unplug(qmp: QMP) -> None:
-    """Idempotent. Raises HypervisorError."""
-    clock = asyncio.get_running_loop().time
-    deadline, asked_at = clock() + _UNPLUG_TIMEOUT_S, float("-inf")
-    while any(
-        found["name"] == _ID for found in await qmp.execute("qom-list", {"path": "/machine/peripheral"})
-    ):
-        if clock() > deadline:
-            raise HypervisorError(f"the guest has not let go of the balloon within {_UNPLUG_TIMEOUT_S:g} s")
-        if clock() - asked_at > _UNPLUG_AGAIN_S:
-            asked_at = clock()
-            # A guest that was just looking at the slot may have missed it.
-            with contextlib.suppress(QMPFailed):
-                await qmp.execute("device_del", {"id": _ID})
-        await asyncio.sleep(_POLL_S)
