@@ -14,6 +14,9 @@ finish() {
 }
 trap finish EXIT
 
+headline "A template, to clone machines from"
+"$repo/hack/kata-py" factory init
+
 headline "This host"
 echo "  \$ uname -a"
 uname -a

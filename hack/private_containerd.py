@@ -68,6 +68,8 @@ class Containerd:
     """Where `containerd` and `ctr` are."""
     programs: Path = REPO / ".venv/bin"
     """Where it finds the shim."""
+    settings: Settings | None = None
+    """Of kata-py's configuration, when there is none yet."""
 
     @property
     def address(self) -> Path:
@@ -161,6 +163,11 @@ class Containerd:
         for directory in (self.root, self.run):
             shutil.rmtree(directory, ignore_errors=True)
 
+    def kata_py(self, *arguments: str) -> None:
+        """kata-py with its configuration, on this terminal."""
+        environment = os.environ | {"KATA_CONF_FILE": str(self.kata_config)}
+        subprocess.run([self.programs / "kata-py", *arguments], env=environment, check=True)
+
     def ctr_command(self, *arguments: str) -> list[str]:
         return [str(self.binaries / "ctr"), "--address", str(self.address), *arguments]
 
@@ -182,7 +189,7 @@ class Containerd:
         for directory in (self.root, self.run):
             directory.mkdir(parents=True, exist_ok=True)
         if not self.kata_config.exists():
-            write_kata_config(self.kata_config)
+            write_kata_config(self.kata_config, self.settings)
         # Version 2 is read by 1.6, 1.7 and 2.x. The CRI and NRI plugins would listen where the machine's own
         # containerd may; `opt` would make /opt/containerd.
         self.config.write_text(
@@ -203,5 +210,6 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images",
 
 
 def of_this_clone() -> Containerd:
-    """The instance of `hack/containerd` and `hack/ctr`."""
-    return Containerd(root=STATE / "containerd", run=RUN)
+    """The instance of `hack/containerd` and `hack/ctr`. Its template is its own, too."""
+    factory = {"enable_template": True, "template_path": str(RUN / "template")}
+    return Containerd(root=STATE / "containerd", run=RUN, settings={"factory": factory})
