@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,3 +189,36 @@ def test_any_noise_in_the_channel_is_overcome(to_guest: list[bytes], to_host: li
             await client.close()
 
     run(body)
+
+
+def test_only_the_last_of_many_handshakes_is_answered() -> None:
+    async def body(host_end: socket.socket, guest_end: socket.socket) -> None:
+        host_end.sendall(b"".join(b"\x7e" + digit * 32 + b"\n" for digit in (b"1", b"2", b"3")))
+        listener = ChardevListener(os.dup(guest_end.fileno()))
+        await listener.accept()
+        host_end.setblocking(False)
+        assert host_end.recv(1024) == b"\x7e" + b"3" * 32 + b"\n"
+        listener.close()
+
+    run(body)
+
+
+def test_hosts_come_and_go_and_cost_nothing_while_they_are_away(tmp_path: Path) -> None:
+    """A FIFO behaves as the port: end-of-file while nobody has it open for writing."""
+    path = tmp_path / "port"
+    os.mkfifo(path)
+
+    async def body() -> None:
+        listener = ChardevListener(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        for host in (b"a", b"b", b"c"):
+            used = time.process_time()
+            await asyncio.sleep(0.2)
+            assert time.process_time() - used < 0.1
+            accepting = asyncio.create_task(listener.accept())
+            with path.open("wb", buffering=0) as port:
+                port.write(b"\x7e" + host * 32 + b"\n" + host)
+                reader, _ = await asyncio.wait_for(accepting, 30)
+            assert await asyncio.wait_for(reader.read(), 30) == host
+        listener.close()
+
+    asyncio.run(body())
