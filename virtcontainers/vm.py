@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agent_client.client import AgentClient
 from agent_client.transports import AgentDialFailed, AgentDialTimeout
 from virtcontainers.agent import KataAgent
 from virtcontainers.config import RUN_VC, AgentConfig, HypervisorConfig
+from virtcontainers.errors import KataError
 from virtcontainers.hypervisor.base import BootTimeout, HypervisorError, VMState
 from virtcontainers.hypervisor.qemu import Qemu
+
+if TYPE_CHECKING:
+    from virtcontainers.protocols.cache_pb2 import GrpcVM
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +52,27 @@ class VM:
         self._log = logging.LoggerAdapter(log, {"sandbox": vm_id})
 
     @classmethod
-    def new(cls, vm_id: str, config: VMConfig, *, shared_path: Path | None, run_vc: Path = RUN_VC) -> VM:
-        """Plan a machine; nothing exists before `start`. Raises as `Hypervisor.create_vm`."""
-        hypervisor = Qemu(vm_id, config.hypervisor, config.agent, shared_path=shared_path, run_vc=run_vc)
+    def new(
+        cls,
+        vm_id: str,
+        config: VMConfig,
+        *,
+        shared_path: Path | None,
+        run_vc: Path = RUN_VC,
+        outlives_us: bool = False,
+    ) -> VM:
+        """Plan a machine; nothing exists before `start`. Raises as `Hypervisor.create_vm`.
+
+        It dies with this process, unless it `outlives_us`.
+        """
+        hypervisor = Qemu(
+            vm_id,
+            config.hypervisor,
+            config.agent,
+            shared_path=shared_path,
+            run_vc=run_vc,
+            outlives_us=outlives_us,
+        )
         hypervisor.create_vm()
         return cls(vm_id, config, hypervisor)
 
@@ -123,6 +147,50 @@ class VM:
             # The guest is behind by a part of the round trip.
             if clock() - asked_at <= _TIME_ROUND_TRIP_S:
                 return
+
+    def to_grpc(self) -> GrpcVM:
+        """A paused machine, for `from_grpc` in another process."""
+        from virtcontainers.protocols.cache_pb2 import GrpcVM
+
+        config = self.hypervisor.config
+        return GrpcVM(
+            id=self.id,
+            hypervisor=json.dumps(self.hypervisor.to_grpc()).encode(),
+            cpu=config.default_vcpus,
+            memory=config.default_memory_mib,
+        )
+
+    @classmethod
+    def from_grpc(
+        cls, found: GrpcVM, config: VMConfig, *, shared_path: Path | None, run_vc: Path = RUN_VC
+    ) -> VM:
+        """A machine of another process, for `attach`; nothing is touched before. Raises KataError for what
+        `to_grpc` has not made."""
+        try:
+            hypervisor = Qemu.from_grpc(
+                found.id,
+                json.loads(found.hypervisor),
+                config.hypervisor,
+                config.agent,
+                shared_path=shared_path,
+                run_vc=run_vc,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise KataError(f"machine {found.id!r} cannot be taken over: {error!r}") from error
+        return cls(found.id, config, hypervisor)
+
+    def assign_sandbox(self, sandbox_id: str) -> None:
+        """Before `attach`: whose machine it is to be. Its own id stays."""
+        self.hypervisor.assign_sandbox(sandbox_id)
+
+    async def attach(self, timeout_s: float) -> None:
+        """Take it over, paused. Raises HypervisorError; what there is is for `stop` then."""
+        await self.hypervisor.attach(timeout_s)
+
+    async def detach(self) -> None:
+        """Let go of a paused machine, for another process to `attach` to it; it can still be stopped."""
+        await self.disconnect()
+        await self.hypervisor.detach()
 
     async def disconnect(self) -> None:
         """Close the connection to the agent; idempotent."""

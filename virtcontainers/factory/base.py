@@ -26,6 +26,9 @@ class FactoryBase(ABC):
     config: VMConfig
     """Its machines, before anything is plugged into them."""
 
+    outlives_us: bool = False
+    """Its machines live on when this process dies."""
+
     @abstractmethod
     async def get_base_vm(
         self, vm_id: str, config: VMConfig, *, shared_path: Path | None, on_planned: OnPlanned

@@ -18,7 +18,7 @@ class Direct(FactoryBase):
     async def get_base_vm(
         self, vm_id: str, config: VMConfig, *, shared_path: Path | None, on_planned: OnPlanned
     ) -> VM:
-        vm = VM.new(vm_id, config, shared_path=shared_path)
+        vm = VM.new(vm_id, config, shared_path=shared_path, outlives_us=self.outlives_us)
         try:
             on_planned(vm.hypervisor.save())
             await vm.start()

@@ -196,7 +196,12 @@ class Template(FactoryBase):
                 boot_to_be_template=False,
                 boot_from_template=True,
             )
-            vm = VM.new(vm_id, VMConfig(hypervisor, config.agent), shared_path=shared_path)
+            vm = VM.new(
+                vm_id,
+                VMConfig(hypervisor, config.agent),
+                shared_path=shared_path,
+                outlives_us=self.outlives_us,
+            )
             try:
                 on_planned(vm.hypervisor.save())
                 await vm.start(config.agent.dial_timeout_s)

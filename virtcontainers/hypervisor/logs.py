@@ -38,11 +38,19 @@ class ConsoleLog:
     256 to 512 KiB.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, writer: int | None = None) -> None:
+        """`writer`: a process whose stdout is such a pipe already, and whose file goes on. Raises OSError
+        when it is not there."""
         self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        self._size = 0
-        self._read_fd, self.write_fd = os.pipe2(os.O_CLOEXEC)
+        if writer is None:
+            truncate = os.O_TRUNC
+            self._read_fd, self.write_fd = os.pipe2(os.O_CLOEXEC)
+        else:
+            truncate = 0
+            # A pipe is opened as a FIFO is: this is one more end to read from.
+            self._read_fd, self.write_fd = os.open(f"/proc/{writer}/fd/1", os.O_RDONLY | os.O_CLOEXEC), -1
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | truncate | os.O_CLOEXEC, 0o600)
+        self._size = os.fstat(self._file).st_size
         os.set_blocking(self._read_fd, False)
         asyncio.get_running_loop().add_reader(self._read_fd, self._copy)
 

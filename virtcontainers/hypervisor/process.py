@@ -24,21 +24,23 @@ _TERMINATE_TIMEOUT_S = 5.0
 
 
 class MachineProcess:
-    """QEMU or a daemon beside it, with a log of its own. It is killed when the starting process dies."""
+    """QEMU or a daemon beside it, with a log of its own."""
 
-    def __init__(self, name: str, log: Path, process: subprocess.Popen[bytes]) -> None:
-        """Use `start`."""
+    def __init__(
+        self, name: str, log: Path, pid: int, pidfd: int, process: subprocess.Popen[bytes] | None
+    ) -> None:
+        """Use `start` or `adopt`."""
         self.name = name
         self.log = log
-        self.pid = process.pid
+        self.pid = pid
         self.ended_well = False
-        """It exited with status 0, as a daemon does whose QEMU has gone."""
+        """It exited with status 0, as a daemon does whose QEMU has gone; or nobody knows how it ended."""
         self._process = process
         loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[str] = loop.create_future()
         # A pidfd in the loop, and not asyncio's own watcher: before Python 3.12 that is a thread a process.
-        self._pidfd = os.pidfd_open(process.pid)
-        loop.add_reader(self._pidfd, self._on_exit)
+        self._pidfd = pidfd
+        loop.add_reader(pidfd, self._on_exit)
 
     @classmethod
     def start(
@@ -49,13 +51,14 @@ class MachineProcess:
         directory: Path,
         stdout: int | None = None,
         pass_fds: Iterable[int] = (),
+        outlives_us: bool = False,
     ) -> MachineProcess:
         """Start `argv` for the machine of `directory`; stderr, and stdout unless given, go to its log there.
 
-        It gets nothing of ours but `pass_fds`, under their numbers. Raises HypervisorError when it does not
-        start.
+        It gets nothing of ours but `pass_fds`, under their numbers, and is killed when we die, unless it
+        `outlives_us`. Raises HypervisorError when it does not start.
         """
-        log = directory / f"{name}.log"
+        log = _log_of(name, directory)
         libc = ctypes.CDLL(None)
         parent = os.getpid()
 
@@ -76,16 +79,37 @@ class MachineProcess:
                     env={"PATH": os.defpath, MARK: str(directory)},
                     cwd="/",
                     start_new_session=True,
-                    preexec_fn=die_with_parent,
+                    preexec_fn=None if outlives_us else die_with_parent,
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 raise HypervisorError(f"{argv[0]} does not start: {error}") from error
-        return cls(name, log, process)
+        return cls(name, log, process.pid, os.pidfd_open(process.pid), process)
+
+    @classmethod
+    def adopt(cls, name: str, pid: int, *, directory: Path) -> MachineProcess:
+        """One of the machine of `directory` that somebody else has started. It is not killed when we die.
+
+        Raises HypervisorError when there is none of that pid.
+        """
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            raise HypervisorError(f"{name} (pid {pid}): {error.strerror}") from error
+        # Only now: before the open the pid may have become another process's.
+        if not _has_mark(pid, _mark(directory)):
+            os.close(pidfd)
+            raise HypervisorError(f"{name} (pid {pid}) is none of the machine in {directory}")
+        return cls(name, _log_of(name, directory), pid, pidfd, None)
 
     def _on_exit(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
+        if self._process is None:
+            # Only its parent can know how, and end what it has forked while its number is its own.
+            self.ended_well = True
+            self._ended.set_result(f"{self.name} (pid {self.pid}) ended")
+            return
         # Not waited for yet, it still holds its number: what it has forked goes with it.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
@@ -116,6 +140,10 @@ class MachineProcess:
         await self.wait()
 
 
+def _log_of(name: str, directory: Path) -> Path:
+    return directory / f"{name}.log"
+
+
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -125,9 +153,13 @@ def _signal_name(number: int) -> str:
 
 def find_processes(directory: Path) -> list[int]:
     """The pids of all processes of the machine of `directory`, whoever started them."""
-    wanted = f"{MARK}={directory}".encode()
+    wanted = _mark(directory)
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     return [pid for pid in pids if pid != os.getpid() and _has_mark(pid, wanted)]
+
+
+def _mark(directory: Path) -> bytes:
+    return f"{MARK}={directory}".encode()
 
 
 def _has_mark(pid: int, mark: bytes) -> bool:
@@ -139,7 +171,7 @@ def _has_mark(pid: int, mark: bytes) -> bool:
 
 async def end_processes(directory: Path, timeout_s: float = _TERMINATE_TIMEOUT_S) -> None:
     """End what `find_processes` finds: SIGTERM, later SIGKILL. Raises HypervisorError when one stays."""
-    mark = f"{MARK}={directory}".encode()
+    mark = _mark(directory)
     for number, patience_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, timeout_s)):
         pidfds: dict[int, int] = {}
         try:

@@ -9,7 +9,9 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from agent_client.transports import AgentAddress, HybridVsockAddress, SerialAddress, VsockAddress
 from virtcontainers.config import RUN_VC, Accel, AgentConfig, AgentTransport, HypervisorConfig, SharedFS
@@ -61,7 +63,8 @@ _CONSOLE_TAIL_LINES = 30
 
 
 class Qemu(Hypervisor):
-    """One QEMU, with its virtiofsd and vhost-device-vsock; they die with the process that started them.
+    """One QEMU, with its virtiofsd and vhost-device-vsock; they die with the process that started them,
+    unless they `outlives_us`.
 
     `shared_path` is exported to the guest, tag kataShared, in the way of `shared_fs`; None: nothing is.
     """
@@ -74,6 +77,7 @@ class Qemu(Hypervisor):
         *,
         shared_path: Path | None,
         run_vc: Path = RUN_VC,
+        outlives_us: bool = False,
     ) -> None:
         self.id = vm_id
         self.config = config
@@ -81,6 +85,11 @@ class Qemu(Hypervisor):
         self.files = MachineFiles(directory=self.directory)
         self._agent = agent
         self._shared_path = shared_path
+        self._run_vc = run_vc
+        self._outlives_us = outlives_us
+        self._others: dict[str, int] | None = None
+        """The pids of a machine that another process has started, QEMU's first."""
+        self._link: Path | None = None
         self._log = logging.LoggerAdapter(log, {"sandbox": vm_id})
         self._command_line: QemuCommandLine | None = None
         self._transport = AgentTransport.AUTO
@@ -147,7 +156,7 @@ class Qemu(Hypervisor):
 
     @property
     def agent_address(self) -> AgentAddress:
-        self.command_line  # noqa: B018 - the transport is known once this is
+        self._require_planned()
         match self._transport:
             case AgentTransport.VSOCK:
                 assert self._guest_cid is not None
@@ -158,8 +167,13 @@ class Qemu(Hypervisor):
                 return SerialAddress(self.files.agent_socket)
 
     def save(self) -> Persisted:
-        self.command_line  # noqa: B018
-        return {"type": "qemu", "id": self.id, "directory": str(self.directory)}
+        self._require_planned()
+        persisted = {"type": "qemu", "id": self.id, "directory": str(self.directory)}
+        return persisted | ({"link": str(self._link)} if self._link else {})
+
+    def _require_planned(self) -> None:
+        if self.state is VMState.NEW:
+            raise HypervisorError("the machine is new, expected created")
 
     # -- starting and stopping
 
@@ -194,6 +208,7 @@ class Qemu(Hypervisor):
                 directory=self.directory,
                 stdout=self._console.write_fd,
                 pass_fds=[fd for fd in fds.values() if fd >= 0],
+                outlives_us=self._outlives_us,
             )
             if memory_fd >= 0:
                 # While QEMU starts: it looks into the memory only when it takes the devices' state.
@@ -340,7 +355,9 @@ class Qemu(Hypervisor):
                 await asyncio.sleep(0.002)
 
     def _start_daemon(self, name: str, argv: list[str], *pass_fds: int) -> MachineProcess:
-        process = MachineProcess.start(name, argv, directory=self.directory, pass_fds=pass_fds)
+        process = MachineProcess.start(
+            name, argv, directory=self.directory, pass_fds=pass_fds, outlives_us=self._outlives_us
+        )
         self._daemons.append(process)
         return process
 
@@ -369,7 +386,10 @@ class Qemu(Hypervisor):
         await asyncio.gather(*(daemon.terminate() for daemon in self._daemons))
         if self._console is not None:
             self._console.close()
-        remove_directory(self.directory)
+        if self._others is not None:
+            # What they have forked, and all of them when they were not attached to.
+            await end_processes(self.directory)
+        remove_directory(self.directory, self._link)
 
     def _release_guest_cid(self) -> None:
         """From QEMU's start on, QEMU holds it."""
@@ -381,7 +401,86 @@ class Qemu(Hypervisor):
     async def cleanup(cls, persisted: Persisted) -> None:
         directory = Path(persisted["directory"])
         await end_processes(directory)
-        remove_directory(directory)
+        remove_directory(directory, Path(persisted["link"]) if "link" in persisted else None)
+
+    # -- from one process to another
+
+    def to_grpc(self) -> dict[str, Any]:
+        """Plain JSON: all that `from_grpc` needs."""
+        self.require(VMState.PAUSED)
+        assert self._qemu is not None
+        return {
+            "boot_from_template": self.config.boot_from_template,
+            "transport": self._transport.value,
+            "guest_cid": self._guest_cid.cid if self._guest_cid else None,
+            "pids": {process.name: process.pid for process in (self._qemu, *self._daemons)},
+            "thread_ids": list(self._thread_ids.items()),
+            "free_ports": self._free_ports,
+        }
+
+    @classmethod
+    def from_grpc(
+        cls,
+        vm_id: str,
+        found: dict[str, Any],
+        config: HypervisorConfig,
+        agent: AgentConfig,
+        *,
+        shared_path: Path | None,
+        run_vc: Path = RUN_VC,
+    ) -> Qemu:
+        """A paused machine of another process, in state CREATED until `attach`. `stop_vm` ends it from now
+        on. Raises what a dict raises that does not come from `to_grpc`."""
+        config = replace(config, boot_from_template=bool(found["boot_from_template"]))
+        machine = cls(vm_id, config, agent, shared_path=shared_path, run_vc=run_vc)
+        machine._transport = AgentTransport(found["transport"])
+        if machine._transport is AgentTransport.VSOCK:
+            machine._guest_cid = GuestCID(int(found["guest_cid"]), -1)
+        pids = found["pids"]
+        machine._others = {"qemu": int(pids["qemu"])} | {str(name): int(pids[name]) for name in pids}
+        machine._thread_ids = {int(index): int(thread) for index, thread in found["thread_ids"]}
+        machine._free_ports = [str(port) for port in found["free_ports"]]
+        machine.state = VMState.CREATED
+        return machine
+
+    def assign_sandbox(self, sandbox_id: str) -> None:
+        """Before `attach`: its directory is to be found under the sandbox's name, too, as a link."""
+        self._link = vm_dir(self._run_vc, sandbox_id)
+
+    async def attach(self, timeout_s: float) -> None:
+        """Take a machine over that its process has let go of with `detach`: CREATED -> PAUSED.
+
+        Raises HypervisorError; what there is is for `stop_vm` then.
+        """
+        self.require(VMState.CREATED)
+        assert self._others is not None
+        self._qemu, *self._daemons = (
+            MachineProcess.adopt(name, pid, directory=self.directory) for name, pid in self._others.items()
+        )
+        try:
+            if self._link is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    self._link.readlink()  # of a pod of that name that was not cleaned up
+                    self._link.unlink()
+                self._link.symlink_to(self.directory.name)
+            self._console = ConsoleLog(self.files.console_log, writer=self._qemu.pid)
+        except OSError as error:
+            raise HypervisorError(f"the machine in {self.directory}: {error}") from error
+        self._qmp = await QMP.connect(self.files.qmp_socket, timeout_s=timeout_s)
+        self.state = VMState.PAUSED
+
+    async def detach(self) -> None:
+        """Let go of a paused machine, for another process to `attach` to it. Idempotent.
+
+        Here it can still be watched (`wait_dead`) and ended (`stop_vm`).
+        """
+        self.require(VMState.PAUSED)
+        qmp, self._qmp = self._qmp, None
+        if qmp is not None:
+            await qmp.close()
+        if self._console is not None:
+            self._console.drain()
+            self._console.close()
 
     # -- running
 
@@ -480,8 +579,13 @@ def host_memory_mib(meminfo: Path = Path("/proc/meminfo")) -> int:
     return int(first.split()[1]) // 1024
 
 
-def remove_directory(directory: Path) -> None:
-    """With the sockets and logs in it; idempotent, also while another process does the same."""
+def remove_directory(directory: Path, link: Path | None = None) -> None:
+    """With the sockets and logs in it, and the link to it; idempotent, also while another process does the
+    same."""
+    if link is not None:
+        with contextlib.suppress(OSError):
+            if link.readlink().name == directory.name:
+                link.unlink()
     with contextlib.suppress(FileNotFoundError):
         for entry in list(directory.iterdir()):
             entry.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Messages that containerd and its shims exchange; see the .proto files."""
