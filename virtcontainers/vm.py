@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from virtcontainers.hypervisor.base import BootTimeout, HypervisorError, VMState
 from virtcontainers.hypervisor.qemu import Qemu
 
 if TYPE_CHECKING:
-    from virtcontainers.protocols.cache_pb2 import GrpcVM
+    from virtcontainers.protocols.cache_pb2 import GrpcVM, GrpcVMConfig
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,15 @@ class VMConfig:
 
     hypervisor: HypervisorConfig
     agent: AgentConfig
+
+    def to_grpc(self) -> GrpcVMConfig:
+        """Equal for equal configurations, and only for them."""
+        from virtcontainers.protocols.cache_pb2 import GrpcVMConfig
+
+        return GrpcVMConfig(
+            Data=json.dumps(asdict(self.hypervisor), default=str).encode(),
+            AgentConfig=json.dumps(asdict(self.agent), default=str).encode(),
+        )
 
 
 class VM:
