@@ -86,6 +86,8 @@ def examine(config_path: Path | None) -> Iterator[Finding]:
             yield _virtiofsd(hypervisor)
         if config.factory.enable_template:
             yield from _template(config)
+        if config.factory.vm_cache_number:
+            yield from _cache(config)
     yield from _containerd()
 
 
@@ -253,6 +255,29 @@ def _no_room_for_template(path: Path) -> tuple[str, str] | None:
     except PermissionError:
         return None
     return None
+
+
+def _cache(config: RuntimeConfig) -> Iterator[Finding]:
+    from katautils.cli.factory_status import cache_status
+    from katautils.config.load import host_memory_mib
+
+    number, endpoint = config.factory.vm_cache_number, config.factory.vm_cache_endpoint
+    found = cache_status(config)
+    if found["problem"]:
+        way_out = "`kata-py factory destroy`, then start it again with `kata-py factory init`"
+        yield Finding("VM cache", Status.WARNING, found["problem"], way_out)
+    elif not found["server_pid"]:
+        way_out = "start hack/kata-py-vm-cache.service, or `kata-py factory init`"
+        yield Finding("VM cache", Status.WARNING, f"nobody serves {endpoint}", way_out)
+    else:
+        ready = f"{len(found['machines'])} of {number} machines are ready"
+        yield Finding("VM cache", Status.OK, f"{endpoint} is served by pid {found['server_pid']}: {ready}")
+    wanted, host = number * config.hypervisor.default_memory_mib, host_memory_mib()
+    if wanted > host:
+        yield Finding(
+            "VM cache", Status.WARNING, f"{number} machines may grow to {wanted} MiB, this host has {host}",
+            "lower vm_cache_number in [factory], or default_memory",
+        )  # fmt: skip
 
 
 def _containerd() -> Iterator[Finding]:

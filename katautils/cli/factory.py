@@ -6,17 +6,27 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from katautils.cli.output import Progress, local_time, mib
 from katautils.config import RuntimeConfig, load_configuration
-from virtcontainers.errors import FailedPreconditionError, KataError, UnimplementedError
+from virtcontainers.errors import FailedPreconditionError, KataError
 from virtcontainers.vm import VMConfig
 
 if TYPE_CHECKING:
+    from virtcontainers.factory.base import FactoryBase
     from virtcontainers.factory.template import Template
+
+
+_QUIT_TIMEOUT_S = 60.0
+"""For ending all machines of a cache."""
+
+
+def machines(number: int) -> str:
+    return "1 machine" if number == 1 else f"{number} machines"
 
 
 def vm_config(config: RuntimeConfig) -> VMConfig:
@@ -70,20 +80,27 @@ class _Say(logging.Handler):
     def __init__(self, progress: Progress) -> None:
         super().__init__(logging.WARNING)
         self._progress = progress
+        self._last = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._progress.say(f"kata-py: {record.levelname.lower()}: {record.getMessage()}")
+        line = f"kata-py: {record.levelname.lower()}: {record.getMessage()}"
+        if line != self._last:  # each machine warns of the same
+            self._progress.say(line)
+        self._last = line
 
 
 async def _init(config: RuntimeConfig, *, force: bool) -> None:
+    from virtcontainers.factory.direct import Direct
+
     with Progress() as progress:
         logging.getLogger().addHandler(_Say(progress))
         for warning in config.warnings:
             progress.say(f"kata-py: warning: {warning}")
+        base: FactoryBase = Direct(vm_config(config))
         if config.factory.enable_template:
-            await _init_template(config, progress, force=force)
+            base = await _init_template(config, progress, force=force)
         if config.factory.vm_cache_number:
-            await _serve_cache(config, progress)
+            await _serve_cache(config, base, progress)
 
 
 async def _init_template(config: RuntimeConfig, progress: Progress, *, force: bool) -> Template:
@@ -115,8 +132,21 @@ async def _init_template(config: RuntimeConfig, progress: Progress, *, force: bo
 
 
 async def _destroy(config: RuntimeConfig) -> None:
-    # First the server: it could ask the template for one machine more.
-    await _destroy_cache(config)
+    logging.getLogger().addHandler(_Say(Progress()))
+    failure: KataError | None = None
+    # First the server: it could clone one machine more.
+    for part in (_destroy_cache, _destroy_template):
+        try:
+            await part(config)
+        except KataError as error:
+            if failure is not None:
+                print(f"kata-py: {failure}", file=sys.stderr)
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+async def _destroy_template(config: RuntimeConfig) -> None:
     from virtcontainers.factory import template
     from virtcontainers.factory.clones import CloneMemory, find_clones
 
@@ -131,9 +161,42 @@ async def _destroy(config: RuntimeConfig) -> None:
         print(f"Its memory stays until its last clone ends: {running} running.")
 
 
-async def _serve_cache(config: RuntimeConfig, progress: Progress) -> None:
-    raise UnimplementedError("vm_cache_number in [factory]: there is no VM cache yet")
+async def _serve_cache(config: RuntimeConfig, base: FactoryBase, progress: Progress) -> None:
+    """Until SIGTERM, SIGINT or Quit. Raises KataError when it cannot listen."""
+    from virtcontainers.factory.cache import CacheServer
+
+    endpoint, number = config.factory.vm_cache_endpoint, config.factory.vm_cache_number
+    filled = False
+
+    def on_ready(ready: int) -> None:
+        nonlocal filled
+        if filled:
+            return
+        filled = ready >= number
+        if filled:
+            progress.close(
+                f"The VM cache is at {endpoint}, after {progress.elapsed_s:.1f} s: {machines(number)} ready. "
+                "SIGTERM, Ctrl-C or `kata-py factory destroy` ends it."
+            )
+        else:
+            progress.step(f"making machine {ready + 1} of {number}")
+
+    server = CacheServer(endpoint, number, base, vm_config(config), on_ready=on_ready)
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signal_number, server.stop)
+    progress.step(f"making machine 1 of {number}")
+    await server.run()
+    progress.close("The VM cache has ended.")
 
 
 async def _destroy_cache(config: RuntimeConfig) -> None:
-    return
+    from virtcontainers.factory.cache import end_orphans
+    from virtcontainers.factory.grpccache import quit_cache
+
+    endpoint = config.factory.vm_cache_endpoint
+    if await quit_cache(endpoint, _QUIT_TIMEOUT_S):
+        print(f"The VM cache at {endpoint} has ended.")
+    else:
+        print(f"There was no VM cache at {endpoint}.")
+    if orphans := await end_orphans():
+        print(f"{machines(orphans)} of a cache that was killed, ended.")

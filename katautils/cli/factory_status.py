@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from katautils.cli.factory import vm_config
+from katautils.cli.factory import machines, vm_config
 from katautils.cli.output import Cell, Colour, colour, local_time, mib, print_table
 from katautils.config import RuntimeConfig, load_configuration
-from virtcontainers.errors import KataError
+from virtcontainers.errors import KataError, UnavailableError
 
 Plain = dict[str, Any]
 """What JSON has; sizes are in bytes."""
@@ -22,6 +25,8 @@ _STATES = {"fits": Colour.GREEN, "missing": None, "misfit": Colour.YELLOW, "brok
 def status(config_path: Path | None, *, as_json: bool) -> int:
     """Print it. Raises KataError when the configuration cannot be loaded."""
     found = collect(load_configuration(config_path))
+    if os.geteuid() != 0:
+        print("kata-py: warning: not root: what only root may see is missing here", file=sys.stderr)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -55,7 +60,7 @@ def collect(config: RuntimeConfig) -> Plain:
             "shared_bytes": sum(clone.shared_bytes for clone in clones),
             "own_bytes": sum(clone.own_bytes for clone in clones),
         },
-        "cache": _cache(config),
+        "cache": cache_status(config),
     }
 
 
@@ -175,7 +180,8 @@ def _print_columns(rows: list[list[str]], *, numbers: tuple[int, ...]) -> None:
     print_table([[Cell(f"  {row[0].text}", row[0].colour), *row[1:]] for row in cells])
 
 
-def _cache(config: RuntimeConfig) -> Plain:
+def cache_status(config: RuntimeConfig) -> Plain:
+    """Of the server on vm_cache_endpoint, whether there should be one or not."""
     factory = config.factory
     found: Plain = {
         "enabled": factory.vm_cache_number > 0,
@@ -185,6 +191,26 @@ def _cache(config: RuntimeConfig) -> Plain:
         "machines": [],
         "problem": None,
     }
+    return found | asyncio.run(_ask_cache(config))
+
+
+async def _ask_cache(config: RuntimeConfig) -> Plain:
+    from virtcontainers.factory import grpccache
+
+    endpoint = config.factory.vm_cache_endpoint
+    found: Plain = {}
+    try:
+        answer = await grpccache.cache_status(endpoint)
+        found["server_pid"] = answer.pid
+        found["machines"] = [
+            {"pid": each.pid, "vcpus": each.cpu, "memory_bytes": each.memory << 20}
+            for each in answer.vmstatus
+        ]
+        await grpccache.GrpcCache.fetch(endpoint, vm_config(config))
+    except UnavailableError:
+        pass
+    except KataError as error:
+        found["problem"] = str(error)
     return found
 
 
@@ -193,20 +219,19 @@ def _print_cache(found: Plain) -> None:
     number = str(found["number"]) if found["enabled"] else "off"
     server, tint = "none", Colour.YELLOW if found["enabled"] else None
     if found["server_pid"]:
-        server, tint = f"pid {found['server_pid']}, {len(found['machines'])} machines ready", Colour.GREEN
-    elif found["problem"]:
-        server, tint = found["problem"], Colour.RED
-    print_table(
-        [
-            [Cell("  vm_cache_number", Colour.DIM), Cell(number)],
-            [Cell("  vm_cache_endpoint", Colour.DIM), Cell(found["endpoint"])],
-            [Cell("  server", Colour.DIM), Cell(server, tint)],
-        ]
-    )
+        server, tint = f"pid {found['server_pid']}, {machines(len(found['machines']))} ready", Colour.GREEN
+    rows = [
+        [Cell("  vm_cache_number", Colour.DIM), Cell(number)],
+        [Cell("  vm_cache_endpoint", Colour.DIM), Cell(found["endpoint"])],
+        [Cell("  server", Colour.DIM), Cell(server, tint)],
+    ]
+    if found["problem"]:
+        rows.append([Cell("  problem", Colour.DIM), Cell(found["problem"], Colour.RED)])
+    print_table(rows)
     if found["machines"]:
-        rows = [["machine's pid", "vCPUs", "MiB"]]
-        rows += [
+        machine_rows = [["machine's pid", "vCPUs", "MiB"]]
+        machine_rows += [
             [str(each["pid"]), str(each["vcpus"]), str(each["memory_bytes"] >> 20)]
             for each in found["machines"]
         ]
-        _print_columns(rows, numbers=(0, 1, 2))
+        _print_columns(machine_rows, numbers=(0, 1, 2))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from virtcontainers.factory.grpccache import OWNER
 from virtcontainers.hypervisor.process import MARK
 
 MEMORY_COPY = "/memfd:kata-py-memory"
@@ -59,7 +60,13 @@ class Clone:
 
     @property
     def sandbox_id(self) -> str:
-        return self.vm_directory.name
+        """Of the pod that it is for; of one that waits in the VM cache its own id."""
+        try:
+            owner = (self.vm_directory / OWNER).read_text()
+        except OSError:
+            owner = ""
+        # With a space it is a server that takes it back.
+        return owner if owner and " " not in owner else self.vm_directory.name
 
 
 def find_clones(template_path: Path) -> list[Clone]:
