@@ -111,6 +111,10 @@ async def new_factory(config: FactoryConfig, vm: VMConfig, *, fetch_only: bool) 
     the cache's server does not answer, when there is no template, or it does not fit, or cannot be made.
     """
 
+    if config.vm_cache_number > 0:
+        from virtcontainers.factory.grpccache import GrpcCache
+
+        return Factory(await GrpcCache.fetch(config.vm_cache_endpoint, vm))
     if config.enable_template:
         from virtcontainers.factory.template import Template
 
