@@ -165,6 +165,18 @@ def test_a_template_path_that_is_a_link(template: Path, start_machine: StartMach
     assert only(clones_of(tmp_path / "link")).memory is CloneMemory.TEMPLATE
 
 
+def test_a_machine_of_the_cache_is_named_after_the_pod_that_has_it(
+    template: Path, start_machine: StartMachine, tmp_path: Path
+) -> None:
+    start_machine("cache-0123456789ab", touched=1)
+    assert only(clones_of(template)).sandbox_id == "cache-0123456789ab"
+    owner = tmp_path / "vm/cache-0123456789ab/owner"
+    owner.parent.mkdir(parents=True)
+    for text, name in (("", owner.parent.name), ("4711 815", owner.parent.name), ("some-pod", "some-pod")):
+        owner.write_text(text)
+        assert only(clones_of(template)).sandbox_id == name
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
 def test_a_clone_lives_on_without_its_template(
     tmp_path: Path, start_machine: StartMachine, template: Path

@@ -135,6 +135,30 @@ def clone(template: Path) -> Iterator[int]:
     process.communicate()
 
 
+CACHE = """
+import asyncio, sys
+from pathlib import Path
+from katautils.cli.factory import vm_config
+from katautils.config import load_configuration
+from virtcontainers.factory.cache import CacheServer
+from virtcontainers.factory.direct import Direct
+config = load_configuration(Path(sys.argv[1]))
+vm = vm_config(config)
+asyncio.run(CacheServer(config.factory.vm_cache_endpoint, 0, Direct(vm), vm).run())
+"""
+
+
+@pytest.fixture
+def cache(config: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that has no machines, of the configuration at its start."""
+    process = subprocess.Popen([sys.executable, "-c", CACHE, config])
+    while status_json(config)["cache"]["server_pid"] is None:
+        assert process.poll() is None
+    yield process
+    process.terminate()
+    process.wait(timeout=60)
+
+
 def test_an_action_is_needed() -> None:
     result = factory()
     assert result.returncode == 2
@@ -210,6 +234,17 @@ def test_destroy_leaves_a_folder_that_is_not_the_templates(config: Path, templat
     assert result.returncode == 1
     assert f"kata-py: template_path {template}: found mine, expected a template alone\n" in result.stderr
     assert sorted(entry.name for entry in template.iterdir()) == ["builds", "current", "memory", "mine"]
+
+
+@as_root
+def test_destroy_ends_the_cache(config: Path, cache: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    result = factory("destroy", "--config", config)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"The VM cache at {tmp_path}/cache.sock has ended.\n" in result.stdout
+    assert cache.wait(timeout=60) == 0
+    assert (
+        f"There was no VM cache at {tmp_path}/cache.sock.\n" in factory("destroy", "--config", config).stdout
+    )
 
 
 # -- status
@@ -308,11 +343,44 @@ def test_status_of_a_broken_template_says_what_is_broken(config: Path, template:
     assert "found 7 bytes" in rows["problem"]
 
 
+def test_status_of_a_cache(config: Path, cache: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    endpoint = str(tmp_path / "cache.sock")
+    assert status_json(config)["cache"] == {
+        "enabled": False,
+        "number": 0,
+        "endpoint": endpoint,
+        "server_pid": cache.pid,
+        "machines": [],
+        "problem": None,
+    }
+    rows = table(factory("status", "--config", config).stdout)
+    assert rows["vm_cache_endpoint"] == endpoint
+    assert rows["server"] == f"pid {cache.pid}, 0 machines ready"
+
+
+def test_status_of_a_cache_of_another_configuration(config: Path, cache: subprocess.Popen[bytes]) -> None:
+    config.write_text(config.read_text().replace("default_memory = 256", "default_memory = 300"))
+    about = status_json(config)["cache"]
+    assert about["server_pid"] == cache.pid
+    assert re.search(r"does not fit: .*found 256, expected 300", about["problem"])
+
+
+def test_status_of_a_cache_that_was_killed(config: Path, cache: subprocess.Popen[bytes]) -> None:
+    cache.kill()
+    cache.wait()
+    about = status_json(config)["cache"]
+    assert (about["server_pid"], about["problem"]) == (None, None)
+
+
 # -- check
 
 
 def template_findings(config: Path) -> list[Finding]:
     return [finding for finding in cli_check.examine(config) if finding.name == "template"]
+
+
+def cache_findings(config: Path) -> list[Finding]:
+    return [finding for finding in cli_check.examine(config) if finding.name == "VM cache"]
 
 
 def test_check_looks_at_the_template_only_when_there_should_be_one(write_config: WriteConfig) -> None:
@@ -342,6 +410,24 @@ def test_check_of_a_template_path_that_is_taken(config: Path, tmp_path: Path) ->
         Status.WARNING,
         f"template_path {tmp_path}/template has files in it and is no tmpfs",
         "set template_path in [factory] to a folder that is empty, or does not exist",
+    )
+
+
+def test_check_of_a_cache(config: Path, cache: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    assert cache_findings(config) == []
+    config.write_text(config.read_text() + "vm_cache_number = 3\n")
+    (finding,) = cache_findings(config)
+    assert finding.status is Status.OK
+    assert finding.found == f"{tmp_path}/cache.sock is served by pid {cache.pid}: 0 of 3 machines are ready"
+
+
+def test_check_of_a_cache_that_nobody_serves(config: Path, tmp_path: Path) -> None:
+    config.write_text(config.read_text() + "vm_cache_number = 1000000\n")
+    nobody, large = cache_findings(config)
+    assert (nobody.status, nobody.found) == (Status.WARNING, f"nobody serves {tmp_path}/cache.sock")
+    assert (large.status, large.found.split(",")[0]) == (
+        Status.WARNING,
+        "1000000 machines may grow to 256000000 MiB",
     )
 
 
