@@ -6,6 +6,7 @@ kernel and an initrd that may have changed since.
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from virtcontainers.vm import VMConfig
 FORMAT = 1
 """Of template.json and of how a template is booted; another one never fits."""
 
+_LISTS = ("kernel_params", "devices")
 _ANYWHERE = Path("/template")
 _ANY_CID = 3
 _ANY_FD = 0
@@ -40,13 +42,20 @@ class Difference:
 
 
 def differences(found: Mapping[str, str], expected: Mapping[str, str]) -> tuple[Difference, ...]:
-    """Of two results of `made_of`; a part that one of them lacks is "nothing"."""
-    parts = dict.fromkeys((*expected, *found))
-    return tuple(
-        Difference(part, found.get(part, "nothing"), expected.get(part, "nothing"))
-        for part in parts
-        if found.get(part) != expected.get(part)
-    )
+    """Of two results of `made_of`; a part that one of them lacks is "nothing". Of lists only those words are
+    told that the other does not have."""
+    differing = [part for part in dict.fromkeys((*expected, *found)) if found.get(part) != expected.get(part)]
+    return tuple(_difference(part, found.get(part, ""), expected.get(part, "")) for part in differing)
+
+
+def _difference(part: str, found: str, expected: str) -> Difference:
+    if part in _LISTS and sorted(found.split()) != sorted(expected.split()):
+        found, expected = _words_beside(found, expected), _words_beside(expected, found)
+    return Difference(part, found or "nothing", expected or "nothing")
+
+
+def _words_beside(text: str, other: str) -> str:
+    return " ".join(word for word in text.split() if word not in other.split())
 
 
 def template_hypervisor(config: HypervisorConfig, directory: Path) -> HypervisorConfig:
@@ -114,8 +123,12 @@ def _file(path: Path) -> str:
         raise InvalidArgumentError(f"{path}: {error.strerror}") from error
     return (
         f"{path} ({found.st_size} bytes, inode {found.st_ino}, "
-        f"modified {found.st_mtime_ns}, changed {found.st_ctime_ns})"
+        f"modified {_time(found.st_mtime_ns)}, changed {_time(found.st_ctime_ns)})"
     )
+
+
+def _time(ns: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ns // 10**9)) + f".{ns % 10**9:09d}Z"
 
 
 def _host_cpu() -> str:
