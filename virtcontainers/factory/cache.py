@@ -46,6 +46,8 @@ CLAIM_TIMEOUT_S = 30.0
 _SERVER = "server"
 _CLAIM_POLL_S = 0.1
 _LAST_CLAIMS_S = 1.0
+_SETTLE_S = 0.1
+_GIVEN_PAUSE_S = 1.0
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 _CALLS_GRACE_S = 1.0
@@ -90,6 +92,7 @@ class CacheServer:
         self._ready: list[_Machine] = []
         self._handed_out: set[_Machine] = set()
         self._endings: set[asyncio.Task[None]] = set()
+        self._last_given_at = float("-inf")
         self._missing = asyncio.Event()
         self._stopped = asyncio.Event()
 
@@ -143,6 +146,8 @@ class CacheServer:
             if len(self._ready) >= self.number:
                 self._missing.clear()
                 continue
+            # Whoever has just been given a machine has more need of the CPUs.
+            await asyncio.sleep(self._last_given_at + _GIVEN_PAUSE_S - asyncio.get_running_loop().time())
             try:
                 machine = await self._make()
             except KataError as error:
@@ -282,6 +287,7 @@ class CacheServer:
         if machine is None:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no machine is ready")
         assert machine is not None
+        self._last_given_at = asyncio.get_running_loop().time()
         self._handed_out.add(machine)
         machine.watch = asyncio.create_task(self._watch_claim(machine))
         log.info("machine %s is handed out", machine.vm.id)
@@ -301,11 +307,15 @@ class CacheServer:
 
 async def _rest(vm: VM) -> None:
     """Leave a machine whose agent has answered to whoever comes."""
-    timeout_s = vm.config.agent.dial_timeout_s
     await vm.disconnect()
     # What the agent does when its first host has gone is done when it answers the next.
-    await vm.connect(timeout_s)
+    await vm.connect(vm.config.agent.dial_timeout_s)
+    # Whoever comes asks this first. An emulated CPU is slow when it does a thing for the first time.
+    await vm.reseed_rng()
+    await vm.sync_time()
     await vm.disconnect()
+    # It may still be busy with that, and would go on with it when somebody waits for it.
+    await asyncio.sleep(_SETTLE_S)
     await vm.pause()
     await vm.detach()
 

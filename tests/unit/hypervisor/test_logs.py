@@ -1,6 +1,9 @@
 import asyncio
 import os
+import subprocess
 from pathlib import Path
+
+import pytest
 
 from virtcontainers.hypervisor.logs import CONSOLE_LIMIT_BYTES, ConsoleLog, tail, with_tail
 
@@ -46,6 +49,36 @@ def test_a_chatty_console_is_bounded_and_keeps_its_end(tmp_path: Path) -> None:
         assert console.path.stat().st_size >= CONSOLE_LIMIT_BYTES // 2
         console.close()
         console.close()
+
+    asyncio.run(body())
+
+
+def test_another_process_goes_on_with_a_console(tmp_path: Path) -> None:
+    async def body() -> None:
+        first = ConsoleLog(tmp_path / "console.log")
+        guest = await asyncio.create_subprocess_exec("/bin/cat", stdin=subprocess.PIPE, stdout=first.write_fd)
+        assert guest.stdin is not None
+        first.started()
+
+        async def say(text: str) -> None:
+            assert guest.stdin is not None
+            guest.stdin.write(f"{text}\n".encode())
+            for _ in range(2000):
+                if tail(first.path, lines=1) == text:
+                    return
+                await asyncio.sleep(0.01)
+            raise AssertionError("waited 20 s")
+
+        await say("hello")
+        first.close()
+        second = ConsoleLog(first.path, writer=guest.pid)
+        await say("again")
+        assert tail(first.path) == "hello\nagain"
+        second.close()
+        guest.stdin.close()
+        await guest.wait()
+        with pytest.raises(OSError):
+            ConsoleLog(first.path, writer=guest.pid)
 
     asyncio.run(body())
 

@@ -122,6 +122,42 @@ def test_processes_die_with_the_one_that_started_them(tmp_path: Path) -> None:
     asyncio.run(until(lambda: gone(pid)))
 
 
+OUTLIVED = OWNER.replace("directory=Path(sys.argv[1])", "directory=Path(sys.argv[1]), outlives_us=True")
+
+
+def test_a_process_that_outlives_its_starter_is_adopted(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", OUTLIVED, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        owner.kill()
+
+    async def body() -> None:
+        with pytest.raises(HypervisorError, match=rf"daemon \(pid {pid}\) is none of the machine in /other"):
+            MachineProcess.adopt("daemon", pid, directory=Path("/other"))
+        process = MachineProcess.adopt("daemon", pid, directory=tmp_path)
+        assert process.running and not gone(pid)
+        await process.terminate()
+        assert await process.wait() == f"daemon (pid {pid}) ended"
+        await until(lambda: gone(pid))
+        with pytest.raises(HypervisorError, match=rf"daemon \(pid {pid}\)"):
+            MachineProcess.adopt("daemon", pid, directory=tmp_path)
+
+    asyncio.run(body())
+
+
+def test_one_that_is_adopted_and_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    async def body() -> None:
+        child = MachineProcess.start("daemon", ["/bin/sh", "-c", STUBBORN], directory=tmp_path)
+        await until(lambda: "ready" in child.log.read_text())
+        process = MachineProcess.adopt("daemon", child.pid, directory=tmp_path)
+        await process.terminate(timeout_s=0.2)
+        assert await child.wait() == f"daemon (pid {child.pid}) was killed by SIGKILL"
+
+    asyncio.run(body())
+
+
 def test_another_process_finds_and_ends_them_and_nobody_else(tmp_path: Path) -> None:
     """Also one that ignores SIGTERM, its children, and none that only mentions the directory."""
     directory, other = tmp_path / "vm1", tmp_path / "vm10"
