@@ -1,5 +1,5 @@
 #!/bin/bash
-# Measures kata-py kata-py, beside runc and from each factory: times and memory. `hack/bench.sh --help`.
+# Measures kata-py, beside runc and from each factory: times and memory. `hack/bench.sh --help`.
 source "$(dirname "$0")/lib.sh"
 require_root
 "$repo/hack/setup.sh"
