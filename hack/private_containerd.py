@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import private_cri
+
 REPO = Path(__file__).resolve().parent.parent
 # As in lib.sh: two clones share what is expensive to make, and nothing that runs.
 KEY = hashlib.sha256(str(REPO).encode()).hexdigest()[:8]
@@ -70,6 +72,8 @@ class Containerd:
     """Where it finds the shim."""
     settings: Settings | None = None
     """Of kata-py's configuration, when there is none yet."""
+    cri: bool = False
+    """With the CRI plugin, the runtime handler `kata-py`, and a bridge on the host for its pods."""
 
     @property
     def address(self) -> Path:
@@ -106,6 +110,8 @@ class Containerd:
         if self.pid:
             return
         self.write_configuration()
+        if self.cri:
+            self.network.create()
         environment = os.environ | {
             "PATH": f"{self.programs}:{self.binaries}:{STANDARD_PATH}",
             "KATA_CONF_FILE": str(self.kata_config),
@@ -126,8 +132,23 @@ class Containerd:
                 process.kill()
                 raise ContainerdError(f"{self.binaries}/containerd did not start:\n{self.log_tail()}")
             time.sleep(0.05)
-        if TEST_IMAGE_ARCHIVE.exists() and TEST_IMAGE not in self.ctr("images", "ls", "-q").stdout:
-            self.ctr("images", "import", str(TEST_IMAGE_ARCHIVE), check=True)
+        self._import_image("default", TEST_IMAGE, TEST_IMAGE_ARCHIVE)
+        if self.cri:
+            self._import_image(private_cri.NAMESPACE, TEST_IMAGE, TEST_IMAGE_ARCHIVE)
+            self._import_image(
+                private_cri.NAMESPACE, private_cri.PAUSE_IMAGE, private_cri.PAUSE_IMAGE_ARCHIVE
+            )
+
+    def _import_image(self, namespace: str, image: str, archive: Path) -> None:
+        if not archive.exists() or image in self.ctr("-n", namespace, "images", "ls", "-q").stdout:
+            return
+        self.ctr("-n", namespace, "images", "import", str(archive), check=True)
+        # The CRI plugin hears of it by an event.
+        deadline = time.monotonic() + 60
+        while namespace == private_cri.NAMESPACE and image.rpartition(":")[0] not in self.crictl("images"):
+            if time.monotonic() > deadline:
+                raise ContainerdError(f"the CRI plugin does not know {image}:\n{self.log_tail()}")
+            time.sleep(0.05)
 
     def terminate(self, timeout_s: float = 30) -> None:
         """Ends containerd alone: containers go on."""
@@ -147,8 +168,14 @@ class Containerd:
     def stop(self) -> None:
         """Ends every container, then containerd."""
         if self.pid:
+            if self.cri:
+                with contextlib.suppress(ContainerdError):  # its CRI plugin may not have come up
+                    if pods := self.crictl("pods", "-q").split():
+                        self.crictl("rmp", "--force", *pods)
             self.remove_containers()
         self.terminate()
+        if self.cri:
+            self.network.delete()
 
     def remove_containers(self) -> None:
         for namespace in self.ctr("namespaces", "ls", "-q").stdout.split():
@@ -181,6 +208,20 @@ class Containerd:
             raise ContainerdError(f"ctr {' '.join(arguments)}: {result.stderr.strip()}\n{self.log_tail()}")
         return result
 
+    @property
+    def network(self) -> private_cri.Network:
+        return private_cri.Network(self.run)
+
+    def crictl_command(self, *arguments: str) -> list[str]:
+        return private_cri.crictl_command(self.address, *arguments)
+
+    def crictl(self, *arguments: str) -> str:
+        """What crictl prints. Raises ContainerdError."""
+        result = subprocess.run(self.crictl_command(*arguments), capture_output=True, text=True)
+        if result.returncode:
+            raise ContainerdError(f"crictl {' '.join(arguments)}: {result.stderr.strip()}\n{self.log_tail()}")
+        return result.stdout
+
     def log_tail(self, lines: int = 15) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
@@ -190,26 +231,36 @@ class Containerd:
             directory.mkdir(parents=True, exist_ok=True)
         if not self.kata_config.exists():
             write_kata_config(self.kata_config, self.settings)
-        # Version 2 is read by 1.6, 1.7 and 2.x. The CRI and NRI plugins would listen where the machine's own
-        # containerd may; `opt` would make /opt/containerd.
+        # Version 2 is read by 1.6, 1.7 and 2.x. The NRI plugin, and CRI's where nobody wants it, would listen
+        # where the machine's own containerd may; `opt` would make /opt/containerd.
+        disabled = ["io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt"]
+        version, imports, settings = 2, "", ""
+        if self.cri:
+            major = private_cri.major_version(self.binaries)
+            version = 2 if major == 1 else 3
+            imports = private_cri.containerd_imports(major)
+            settings = private_cri.containerd_settings(major, self.run)
+            self.network.write_cni(self.run / "cni")
+        else:
+            disabled += ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images"]
+            disabled += ["io.containerd.cri.v1.runtime", "io.containerd.podsandbox.controller.v1.podsandbox"]
         self.config.write_text(
-            f"""version = 2
+            f"""version = {version}
 root = "{self.root}"
 state = "{self.run}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images",
-                    "io.containerd.cri.v1.runtime", "io.containerd.podsandbox.controller.v1.podsandbox",
-                    "io.containerd.nri.v1.nri", "io.containerd.internal.v1.opt"]
+disabled_plugins = {json.dumps(disabled)}
+{imports}
 [grpc]
   address = "{self.address}"
 [ttrpc]
   address = "{self.address}.ttrpc"
 [debug]
   level = "debug"
-"""
+{settings}"""
         )
 
 
 def of_this_clone() -> Containerd:
     """The instance of `hack/containerd` and `hack/ctr`. Its template is its own, too."""
     factory = {"enable_template": True, "template_path": str(RUN / "template")}
-    return Containerd(root=STATE / "containerd", run=RUN, settings={"factory": factory})
+    return Containerd(root=STATE / "containerd", run=RUN, settings={"factory": factory}, cri=True)

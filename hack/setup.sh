@@ -9,7 +9,7 @@ supported_system
 # One set-up at a time, for all clones: dpkg and the caches are shared.
 exec 9>/run/lock/kata-py-setup
 flock 9
-packages crun
+packages crun containernetworking-plugins iproute2
 
 lock=$(/usr/bin/python3 --version; sha256sum <"$repo/hack/requirements-dev.txt")
 
@@ -25,3 +25,4 @@ step "bytecode" compile_packages "$venv" "$repo"
 step "links in /usr/local/bin" link_programs "$venv/bin" "$venv/bin"
 step "guest image" "$venv/bin/python" -m guest.image.build --output "$state_dir/guest" --cache "$cache_dir/guest"
 step "test image" "$repo/hack/busybox-image" "$cache_dir/images/busybox.tar"
+step "image for pods" "$repo/hack/pause-image" "$cache_dir/images/pause.tar"

@@ -1,0 +1,187 @@
+"""The client's side of exec and attach: a process's streams over SPDY/3.1, as the kubelet asks for them.
+
+From the draft of SPDY/3.1 and Kubernetes' `v4.channel.k8s.io`: one SPDY stream for each of error, stdin,
+stdout, stderr and resize. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import termios
+import tty
+import zlib
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+_SYN_STREAM, _RST_STREAM, _PING, _GOAWAY = 1, 3, 6, 7
+_FIN = 1
+_PROTOCOL = "v4.channel.k8s.io"
+
+
+class StreamingError(Exception):
+    """The process could not be run or joined, in containerd's words."""
+
+
+def run(url: str, *, stdin: bool, tty: bool) -> int:
+    """Join our stdin, stdout and stderr to the process's; its exit status. Raises StreamingError."""
+    with contextlib.ExitStack() as stack:
+        connection = _Spdy(stack, url)
+        error = connection.open("error")
+        inputs = connection.open("stdin") if stdin else 0
+        outputs = {connection.open("stdout"): 1}
+        if not tty:
+            outputs[connection.open("stderr")] = 2
+        elif sys.stdin.isatty():
+            resize = connection.open("resize")
+            stack.enter_context(_raw_terminal())
+            stack.enter_context(_on_resize(lambda size: connection.send(resize, size)))
+        return _exit_status(_pump(connection, error, inputs, outputs))
+
+
+class _Spdy:
+    """The connection, and the frames of it that are used here."""
+
+    def __init__(self, stack: contextlib.ExitStack, url: str) -> None:
+        parts = urlsplit(url)
+        address = (parts.hostname or "127.0.0.1", parts.port or 80)
+        self.socket = stack.enter_context(socket.create_connection(address))
+        self._received = stack.enter_context(self.socket.makefile("rb"))
+        self._compressor = zlib.compressobj()
+        self._next_id = 1
+        request = (
+            f"POST {parts.path}?{parts.query} HTTP/1.1",
+            f"Host: {parts.netloc}",
+            "Connection: Upgrade",
+            "Upgrade: SPDY/3.1",
+            f"X-Stream-Protocol-Version: {_PROTOCOL}",
+            "Content-Length: 0",
+        )
+        self.socket.sendall("\r\n".join((*request, "", "")).encode())
+        status = self._received.readline().decode().strip()
+        while self._received.readline().strip():
+            pass
+        if " 101 " not in f"{status} ":
+            raise StreamingError(f"{url}: found {status!r}, expected 101 Switching Protocols")
+
+    def open(self, kind: str) -> int:
+        """A new stream; its id."""
+        stream, self._next_id = self._next_id, self._next_id + 2
+        headers = struct.pack(">I", 1)
+        for text in (b"streamtype", kind.encode()):
+            headers += struct.pack(">I", len(text)) + text
+        # The dictionary of the draft may be left out: zlib's header says which one was used. What the server
+        # compresses with it, the headers of its answers, is not read.
+        block = self._compressor.compress(headers) + self._compressor.flush(zlib.Z_SYNC_FLUSH)
+        self._control(_SYN_STREAM, struct.pack(">IIBB", stream, 0, 0, 0) + block)
+        return stream
+
+    def send(self, stream: int, data: bytes, *, end: bool = False) -> None:
+        self.socket.sendall(struct.pack(">II", stream, (_FIN if end else 0) << 24 | len(data)) + data)
+
+    def receive(self) -> tuple[int, bytes, bool]:
+        """The next data: stream, bytes, whether it was the last; stream 0 at the end of the connection."""
+        while len(head := self._received.read(8)) == 8:
+            first, second = struct.unpack(">II", head)
+            flags, length = second >> 24, second & 0xFFFFFF
+            body = self._received.read(length)
+            if not first & 0x80000000:
+                return first, body, bool(flags & _FIN)
+            kind = first & 0xFFFF
+            if kind == _PING:
+                self._control(_PING, body)
+            elif kind == _RST_STREAM:
+                return struct.unpack(">I", body[:4])[0], b"", True
+            elif kind == _GOAWAY:
+                break
+        return 0, b"", True
+
+    def is_ready(self) -> bool:
+        """Something is in the buffer, where select(2) does not see it."""
+        self.socket.setblocking(False)
+        try:
+            return bool(self._received.peek(1))
+        except BlockingIOError:
+            return False
+        finally:
+            self.socket.setblocking(True)
+
+    def _control(self, kind: int, body: bytes) -> None:
+        self.socket.sendall(struct.pack(">HHI", 0x8003, kind, len(body)) + body)
+
+
+def _pump(connection: _Spdy, error: int, stdin: int, outputs: dict[int, int]) -> bytes:
+    """Until the process has ended; what came on the error stream."""
+    message, is_open = b"", {error, *outputs}
+    sources = [connection.socket, *([sys.stdin.buffer.fileno()] if stdin else [])]
+    while is_open:
+        readable, _, _ = select.select(sources, [], [], 0 if connection.is_ready() else None)
+        if stdin and sys.stdin.buffer.fileno() in readable:
+            data = os.read(sys.stdin.buffer.fileno(), 16384)
+            with contextlib.suppress(OSError):  # it has ended
+                connection.send(stdin, data, end=not data)
+            if not data:
+                sources = [connection.socket]
+        if connection.socket in readable or connection.is_ready():
+            stream, data, ended = connection.receive()
+            if not stream:
+                break
+            if stream == error:
+                message += data
+            elif stream in outputs:
+                _write(outputs[stream], data)
+            if ended:
+                is_open.discard(stream)
+    return message
+
+
+def _write(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _exit_status(message: bytes) -> int:
+    """Of the `Status` object that Kubernetes' API has for this; nothing at all is a success."""
+    if not message:
+        return 0
+    try:
+        status = json.loads(message)
+    except ValueError:
+        raise StreamingError(message.decode(errors="replace")) from None
+    if status.get("status") == "Success":
+        return 0
+    for cause in (status.get("details") or {}).get("causes") or []:
+        if cause.get("reason") == "ExitCode":
+            return int(cause["message"])
+    raise StreamingError(status.get("message") or message.decode(errors="replace"))
+
+
+@contextlib.contextmanager
+def _raw_terminal() -> Iterator[None]:
+    before = termios.tcgetattr(sys.stdin)
+    tty.setraw(sys.stdin)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+@contextlib.contextmanager
+def _on_resize(send: Callable[[bytes], None]) -> Iterator[None]:
+    def tell(*_: object) -> None:
+        rows, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(sys.stdin, termios.TIOCGWINSZ, b"\0" * 8))
+        send(json.dumps({"Width": columns, "Height": rows}).encode())
+
+    before = signal.signal(signal.SIGWINCH, tell)
+    try:
+        tell()
+        yield
+    finally:
+        signal.signal(signal.SIGWINCH, before)
