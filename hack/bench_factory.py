@@ -460,11 +460,12 @@ def plot(result: Result, times: Any, memory: Any) -> None:
         times.bar_label(bars, fmt="%.0f", fontsize="small")
     if floor_s := result["floor_s"].get("answer"):
         times.axhline(1000 * floor_s, color="gray", linestyle="--", label=f"floor: {1000 * floor_s:.0f} ms")
-    times.set_yscale("log")
+    if any("agent_answer_s" in way or "first_byte_s" in way for way in ways.values()):
+        times.set_yscale("log")
+        times.legend(fontsize="small")
     times.set_xticks(range(len(labels)), labels, fontsize="small")
     times.set_ylabel("milliseconds")
     times.set_title("one machine")
-    times.legend(fontsize="small")
     for name, way in ways.items():
         levels = [level for level in way.get("memory", []) if "pss_sum_per_pod_mib" in level]
         pods = [level["pods"] for level in levels]
@@ -476,4 +477,5 @@ def plot(result: Result, times: Any, memory: Any) -> None:
     memory.set_ylabel("MiB a pod")
     memory.set_ylim(bottom=0)
     memory.set_title("memory: PSS, and dotted what MemAvailable lost")
-    memory.legend(fontsize="small")
+    if any("memory" in way for way in ways.values()):
+        memory.legend(fontsize="small")

@@ -100,8 +100,12 @@ def test_lined_up_fills_short_rows() -> None:
     assert lined_up([("a", "bb"), ("ccc",), ("d", "e", "f")]) == "a    bb\nccc\nd     e  f"
 
 
-def test_the_plot_is_drawn_with_what_there_is(factory: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("measured", ["agent_answer_s", "memory", "nothing"])
+def test_the_plot_is_drawn_with_what_there_is(factory: dict[str, Any], tmp_path: Path, measured: str) -> None:
     path = tmp_path / "bench.png"
+    for way in factory["ways"].values():
+        for key in set(way) - {measured}:
+            del way[key]
     bench.plot({"host": HOST, "factory": factory}, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
