@@ -130,12 +130,11 @@ class CacheServer:
             await asyncio.wait({machine.watch for machine in self._handed_out}, timeout=_LAST_CLAIMS_S)
         for machine in (*self._handed_out, *self._ready):
             machine.watch.cancel()
-        await asyncio.gather(
-            *(self._take_back(machine) for machine in list(self._handed_out)),
-            *(self._end(machine) for machine in self._ready),
-            *self._endings,
-        )
-        self._ready.clear()
+        for machine in list(self._handed_out):
+            self._take_back(machine)
+        for machine in self._ready:
+            self._end(machine)
+        await asyncio.gather(*self._endings)
 
     # -- making machines
 
@@ -201,13 +200,20 @@ class CacheServer:
         log.error("machine %s was ready and ended: %s", machine.vm.id, reason)
         self._ready.remove(machine)
         self._missing.set()
-        await self._end(machine)
+        self._end(machine)
 
-    async def _end(self, machine: _Machine) -> None:
-        try:
-            await machine.end()
-        except KataError as error:
-            log.error("machine %s does not go: %s", machine.vm.id, error)
+    def _end(self, machine: _Machine) -> None:
+        """In the background; the server ends after it."""
+
+        async def end() -> None:
+            try:
+                await machine.end()
+            except KataError as error:
+                log.error("machine %s does not go: %s", machine.vm.id, error)
+
+        ending = asyncio.create_task(end())
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
 
     # -- handing them out
 
@@ -225,9 +231,7 @@ class CacheServer:
             if machine.made_of == parts:
                 return machine
             log.warning("machine %s is ended: what it was made of has changed", machine.vm.id)
-            ending = asyncio.create_task(self._end(machine))
-            self._endings.add(ending)
-            ending.add_done_callback(self._endings.discard)
+            self._end(machine)
         return None
 
     async def _watch_claim(self, machine: _Machine) -> None:
@@ -238,18 +242,18 @@ class CacheServer:
             if asyncio.get_running_loop().time() > deadline:
                 break
             await asyncio.sleep(_CLAIM_POLL_S)
-        await self._take_back(machine)
+        self._take_back(machine)
 
-    async def _take_back(self, machine: _Machine) -> None:
+    def _take_back(self, machine: _Machine) -> None:
         """End it, unless its pod has it."""
         self._handed_out.discard(machine)
         directory = machine.vm.hypervisor.directory
         if claim(directory, _process(os.getpid())):
             log.warning("machine %s was handed out, and nobody has come for it", machine.vm.id)
-            await self._end(machine)
+            self._end(machine)
         elif not directory.exists():
             # The pod is over; it may have been killed before it took the share.
-            await self._end(machine)
+            self._end(machine)
 
     # -- CacheService
 
