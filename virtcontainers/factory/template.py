@@ -7,8 +7,8 @@
     memory, state, template.json                links through `current`, for people
 
 Who builds holds a lock on `.<name>.lock` beside it; `.<name>.failed` there is the last that could not be made
-or used, and why. Who starts a clone holds a shared lock on the build's folder, so that nobody removes it
-before QEMU has opened its files.
+or used, and why. Both are gone when the template is destroyed. Who starts a clone holds a shared lock on the
+build's folder, so that nobody removes it before QEMU has opened its files.
 """
 
 from __future__ import annotations
@@ -242,31 +242,39 @@ async def destroy(path: Path) -> bool:
 
     Clones go on: they hold what they need. Raises KataError.
     """
+    if not path.parent.exists():
+        return False
     async with _builders_lock(path, _LOCK_TIMEOUT_S):
-        if not path.exists():
-            return False
         try:
-            others = sorted(entry.name for entry in path.iterdir() if entry.name not in _OURS)
-        except OSError as error:
-            raise KataError(f"template_path {path}: {error}") from error
-        if others:
-            # A slip in the configuration must not cost anybody his files.
-            raise FailedPreconditionError(
-                f"template_path {path}: found {others[0]}, expected a template alone"
-            )
-        with suppress(FileNotFoundError):
-            (path / "current").unlink()
-        await sweep(path)
-        try:
-            for entry in list(path.iterdir()):
-                if entry.is_dir() and not entry.is_symlink():
-                    _remove_build_folders(entry)
-                else:
-                    entry.unlink()
-            mount.unmount_below(path)
-            path.rmdir()
-        except OSError as error:
-            raise KataError(f"{path}: {error}") from error
+            return await _destroy(path)
+        finally:
+            _failed_file(path).unlink(missing_ok=True)
+            _lock_file(path).unlink(missing_ok=True)
+
+
+async def _destroy(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        others = sorted(entry.name for entry in path.iterdir() if entry.name not in _OURS)
+    except OSError as error:
+        raise KataError(f"template_path {path}: {error}") from error
+    if others:
+        # A slip in the configuration must not cost anybody his files.
+        raise FailedPreconditionError(f"template_path {path}: found {others[0]}, expected a template alone")
+    with suppress(FileNotFoundError):
+        (path / "current").unlink()
+    await sweep(path)
+    try:
+        for entry in list(path.iterdir()):
+            if entry.is_dir() and not entry.is_symlink():
+                _remove_build_folders(entry)
+            else:
+                entry.unlink()
+        mount.unmount_below(path)
+        path.rmdir()
+    except OSError as error:
+        raise KataError(f"{path}: {error}") from error
     return True
 
 
@@ -410,31 +418,44 @@ async def _builders_lock(
 
     Raises DeadlineExceededError when another holds it too long.
     """
-    lock = path.with_name(f".{path.name}.lock")
+    lock = _lock_file(path)
     deadline = asyncio.get_running_loop().time() + timeout_s
+    waited = False
+    while (fd := _try_lock(lock)) is None:
+        if not waited:
+            on_progress("waiting for another builder")
+            waited = True
+        if asyncio.get_running_loop().time() > deadline:
+            raise DeadlineExceededError(
+                f"template_path {path}: another builder holds {lock} for more than {timeout_s:g} s"
+            )
+        await asyncio.sleep(_LOCK_POLL_S)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise KataError(f"template_path {path}: {error}") from error
-    try:
-        waited = False
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waited:
-                    on_progress("waiting for another builder")
-                    waited = True
-                if asyncio.get_running_loop().time() > deadline:
-                    raise DeadlineExceededError(
-                        f"template_path {path}: another builder holds {lock} for more than {timeout_s:g} s"
-                    ) from None
-                await asyncio.sleep(_LOCK_POLL_S)
         yield
     finally:
         os.close(fd)
+
+
+def _lock_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _try_lock(lock: Path) -> int | None:
+    """A descriptor that holds it; None: somebody else does. Raises KataError."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise KataError(f"template_path {lock.parent}: {error}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between the two it may have been removed, with its template.
+        if os.path.samestat(os.fstat(fd), lock.stat()):
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(fd)
+    return None
 
 
 def _mount_tmpfs(path: Path, memory_bytes: int) -> None:
