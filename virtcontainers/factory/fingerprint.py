@@ -49,7 +49,7 @@ def differences(found: Mapping[str, str], expected: Mapping[str, str]) -> tuple[
 
 
 def _difference(part: str, found: str, expected: str) -> Difference:
-    if part in _LISTS and sorted(found.split()) != sorted(expected.split()):
+    if part in _LISTS and set(found.split()) != set(expected.split()):
         found, expected = _words_beside(found, expected), _words_beside(expected, found)
     return Difference(part, found or "nothing", expected or "nothing")
 
