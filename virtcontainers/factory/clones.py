@@ -11,6 +11,7 @@ from pathlib import Path
 
 from virtcontainers.factory.grpccache import OWNER
 from virtcontainers.hypervisor.process import MARK
+from virtcontainers.hypervisor.qemu_cmdline import MachineFiles
 
 MEMORY_COPY = "/memfd:kata-py-memory"
 """The memory of a clone that has a copy of the template's, as smaps names it."""
@@ -100,7 +101,7 @@ class _Mapping:
 
 def _clone(pid: int, root: str, current: tuple[int, int]) -> Clone | None:
     directory = _machine_of(pid)
-    if directory is None:
+    if directory is None or not _is_qemu(pid, directory):
         return None
     memory: CloneMemory | None = None
     shared = own = 0
@@ -134,6 +135,14 @@ def _machine_of(pid: int) -> Path | None:
         if variable.startswith(mark):
             return Path(os.fsdecode(variable.removeprefix(mark)))
     return None
+
+
+def _is_qemu(pid: int, directory: Path) -> bool:
+    """And no daemon beside it, which may map the machine's memory too."""
+    try:
+        return MachineFiles(directory=directory).pid_file.read_text().strip() == str(pid)
+    except OSError:
+        return False
 
 
 def _mappings(pid: int) -> Iterator[_Mapping]:

@@ -14,9 +14,12 @@ from virtcontainers.hypervisor.process import MARK
 PAGE = 4096
 MEMORY_PAGES = 2560  # 10 MiB: next to it a Python's own memory is small
 
-# A machine as find_clones sees it: its mark, and the mapping of the guest's memory.
+# A machine as find_clones sees it: its mark, QEMU's pid file, and the mapping of the guest's memory.
 MACHINE = """
 import mmap, os, sys
+if "pid-file" in sys.argv:
+    with open(os.environ["KATA_PY_VM"] + "/pid", "w") as file:
+        print(os.getpid(), file=file)
 how, path, touched, written = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 if how == "copy":
     fd = os.memfd_create("kata-py-memory")
@@ -58,7 +61,11 @@ def build(template: Path, name: str) -> None:
 def start_machine(template: Path, tmp_path: Path) -> Iterator[StartMachine]:
     processes: list[subprocess.Popen[bytes]] = []
 
-    def start(vm_id: str, how: str = "clone", touched: int = 0, written: int = 0) -> int:
+    def start(
+        vm_id: str, how: str = "clone", touched: int = 0, written: int = 0, is_qemu: bool = True
+    ) -> int:
+        directory = tmp_path / "vm" / vm_id
+        directory.mkdir(parents=True, exist_ok=True)
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -68,10 +75,11 @@ def start_machine(template: Path, tmp_path: Path) -> Iterator[StartMachine]:
                 template.resolve() / "current/memory",
                 str(touched),
                 str(written),
+                *(["pid-file"] if vm_id and is_qemu else []),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={MARK: str(tmp_path / "vm" / vm_id)} if vm_id else {},
+            env={MARK: str(directory)} if vm_id else {},
         )
         processes.append(process)
         assert process.stdout is not None
@@ -141,6 +149,12 @@ def test_the_machine_that_becomes_the_template_is_no_clone(
     assert clones_of(template) == []
 
 
+def test_the_daemon_of_a_machine_is_no_clone(template: Path, start_machine: StartMachine) -> None:
+    qemu = start_machine("machine", how="copy")
+    start_machine("machine", how="copy", is_qemu=False)
+    assert only(clones_of(template)).pid == qemu
+
+
 def test_who_only_maps_the_file_is_no_machine(template: Path, start_machine: StartMachine) -> None:
     start_machine("", touched=1)
     assert clones_of(template) == []
@@ -171,7 +185,6 @@ def test_a_machine_of_the_cache_is_named_after_the_pod_that_has_it(
     start_machine("cache-0123456789ab", touched=1)
     assert only(clones_of(template)).sandbox_id == "cache-0123456789ab"
     owner = tmp_path / "vm/cache-0123456789ab/owner"
-    owner.parent.mkdir(parents=True)
     for text, name in (("", owner.parent.name), ("4711 815", owner.parent.name), ("some-pod", "some-pod")):
         owner.write_text(text)
         assert only(clones_of(template)).sandbox_id == name
