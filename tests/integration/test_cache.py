@@ -458,6 +458,21 @@ def test_a_pod_runs_in_a_cached_machine(
     asyncio.run(body())
 
 
+def test_a_template_that_is_gone_is_made_anew_for_the_next_machine(endpoint: Path, config: VMConfig) -> None:
+    async def body() -> None:
+        async with template_of(config) as template, serving(endpoint, template, config) as serving_:
+            await serving_.filled()
+            await destroy(template.path)
+            async with handed_out(endpoint, config, new_id("pod")) as vm:
+                await serving_.filled()
+                assert (template.path / "memory").exists()
+                assert await answers(vm)
+            async with handed_out(endpoint, config, new_id("pod")):
+                pass
+
+    asyncio.run(body())
+
+
 # -- servers that end
 
 

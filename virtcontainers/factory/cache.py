@@ -149,7 +149,7 @@ class CacheServer:
             await asyncio.sleep(self._last_given_at + _GIVEN_PAUSE_S - asyncio.get_running_loop().time())
             try:
                 machine = await self._make()
-            except KataError as error:
+            except (KataError, OSError) as error:
                 log.error("no machine for the cache, the next try is in %g s: %s", pause_s, error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
