@@ -85,6 +85,17 @@ class KataAgent:
         with translated("SetGuestDateTime"):
             await self.client.set_guest_date_time(request)
 
+    async def online_cpu_mem(self, nb_cpus: int, *, cpu_only: bool, timeout_s: float) -> None:
+        """Put to use what was plugged in; 0 for `nb_cpus`, which counts all, leaves the CPUs."""
+        request = agent_pb2.OnlineCPUMemRequest(wait=True, nb_cpus=nb_cpus, cpu_only=cpu_only)
+        with translated("OnlineCPUMem"):
+            await self.client.online_cpu_mem(request, timeout_s=timeout_s)
+
+    async def get_metrics(self, timeout_s: float) -> str:
+        """In Prometheus' text format."""
+        with translated("GetMetrics"):
+            return (await self.client.get_metrics(agent_pb2.GetMetricsRequest(), timeout_s=timeout_s)).metrics
+
     async def set_policy(self, policy: str) -> None:
         with translated("SetPolicy"):
             await self.client.set_policy(agent_pb2.SetPolicyRequest(policy=policy))

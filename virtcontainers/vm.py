@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from virtcontainers.config import RUN_VC, AgentConfig, HypervisorConfig
 from virtcontainers.errors import KataError
 from virtcontainers.hypervisor.base import BootTimeout, HypervisorError, VMState
 from virtcontainers.hypervisor.qemu import Qemu
+from virtcontainers.online import ONLINE_TIMEOUT_S, Online
 
 if TYPE_CHECKING:
     from virtcontainers.protocols.cache_pb2 import GrpcVM, GrpcVMConfig
@@ -156,6 +158,32 @@ class VM:
             # The guest is behind by a part of the round trip.
             if clock() - asked_at <= _TIME_ROUND_TRIP_S:
                 return
+
+    async def add_cpus(self, count: int) -> int:
+        """Plug up to `count` vCPUs, as many as `default_maxvcpus` leaves room for; gives how many. They are
+        of use after `online_cpu_memory`. Raises HypervisorError."""
+        return await self._online.add_cpus(count)
+
+    async def add_memory(self, mib: int, timeout_s: float = ONLINE_TIMEOUT_S) -> None:
+        """Plug `mib`, rounded up to the guest's memory blocks; of use after `online_cpu_memory`.
+
+        When the guest could not hold the page structures of all at once, it gets them in steps, each online
+        before the next; `timeout_s` is for one. Raises OutOfSlots and AboveMaximum before anything is
+        plugged, else as `online_cpu_memory`, with the steps before left to the guest.
+        """
+        await self._online.add_memory(mib, timeout_s)
+
+    async def online_cpu_memory(self, timeout_s: float = ONLINE_TIMEOUT_S) -> None:
+        """Return when the guest uses all that was plugged: its own total is what was asked for.
+
+        Raises NotOnline, which names what is missing, or another KataError when QEMU or the agent fails; what
+        the guest does not use is unplugged then, as far as it lets go of it.
+        """
+        await self._online.online(timeout_s)
+
+    @cached_property
+    def _online(self) -> Online:
+        return Online(self.hypervisor, KataAgent(self.agent), self._log)
 
     def to_grpc(self) -> GrpcVM:
         """A paused machine, for `from_grpc` in another process."""

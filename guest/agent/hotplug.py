@@ -13,8 +13,8 @@ from ttrpc import Code, StatusError
 _CPUS = "/sys/devices/system/cpu"
 _MEMORY = "/sys/devices/system/memory"
 # The host may ask before ACPI has told the kernel; Kata's agent is as patient.
-_ATTEMPTS = 100
-_POLL_S = 0.05
+_ATTEMPTS = 250
+_POLL_S = 0.02
 
 
 def count_cpus(ranges: str) -> int:
@@ -42,9 +42,14 @@ def _offline(directory: str, pattern: str) -> Iterator[str]:
                 yield path
 
 
-def _set_online(path: str) -> None:
-    with contextlib.suppress(OSError), open(path, "w") as file:
-        file.write("1")
+def _set_online(path: str) -> str:
+    """Why it does not go online; "" when it does, or was."""
+    try:
+        with open(path, "w") as file:
+            file.write("1")
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 async def online_cpus(wanted: int) -> None:
@@ -61,9 +66,22 @@ async def online_cpus(wanted: int) -> None:
     raise StatusError(Code.DEADLINE_EXCEEDED, f"{_online_cpus()} of {wanted} CPUs are online")
 
 
-def online_memory() -> None:
-    for path in _offline(_MEMORY, r"memory\d+"):
-        _set_online(path)
+async def online_memory() -> None:
+    """Until no block that is there is offline; raises StatusError (DEADLINE_EXCEEDED) when one is after 5 s.
+
+    Blocks that the host has added and that are not there yet are for the host to know.
+    """
+    for _ in range(_ATTEMPTS):
+        failed = {}
+        for path in list(_offline(_MEMORY, r"memory\d+")):
+            if reason := _set_online(path):
+                failed[path.split("/")[-2]] = reason
+            await asyncio.sleep(0)  # one takes milliseconds, and a machine may get hundreds
+        if not failed:
+            return
+        await asyncio.sleep(_POLL_S)
+    blocks = ", ".join(f"{name} ({reason})" for name, reason in failed.items())
+    raise StatusError(Code.DEADLINE_EXCEEDED, f"memory blocks do not go online: {blocks}")
 
 
 def memory_block_size() -> int:

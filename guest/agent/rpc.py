@@ -75,8 +75,13 @@ class AgentService:
         if request.nb_cpus:
             await hotplug.online_cpus(request.nb_cpus)
         if not request.cpu_only:
-            hotplug.online_memory()
+            await hotplug.online_memory()
         return Empty()
+
+    async def get_metrics(self, request: agent_pb2.GetMetricsRequest, context: object) -> agent_pb2.Metrics:
+        from guest.agent.metrics import metrics
+
+        return agent_pb2.Metrics(metrics=metrics())
 
     async def mem_hotplug_by_probe(
         self, request: agent_pb2.MemHotplugByProbeRequest, context: object

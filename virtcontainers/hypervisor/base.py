@@ -81,6 +81,45 @@ class Hypervisor(ABC):
     async def save_vm(self) -> None:
         """Save the device state of a PAUSED template machine to `devices_state_path`."""
 
+    @property
+    @abstractmethod
+    def vcpus(self) -> int:
+        """As many as the machine has now."""
+
+    @property
+    @abstractmethod
+    def memory_mib(self) -> int:
+        """As much as the guest was given."""
+
+    @abstractmethod
+    async def hotplug_vcpus(self, count: int) -> int:
+        """Plug up to `count` vCPUs into a RUNNING machine: as in Kata no more than the maximum allows, which
+        is logged. Gives how many. Raises HypervisorError."""
+
+    @abstractmethod
+    async def hotunplug_vcpus(self, count: int, *, timeout_s: float) -> int:
+        """Unplug up to `count` of those, as far as the guest lets go of them in time; the others stay, which
+        is logged. Gives how many have gone. Raises HypervisorError."""
+
+    @abstractmethod
+    async def plan_hotplug_memory(self, mib: int, block_mib: int) -> list[int]:
+        """What to give to `hotplug_memory`, one after another, to have `mib` more in the guest's memory
+        blocks. Raises OutOfSlots or AboveMaximum."""
+
+    @abstractmethod
+    async def hotplug_memory(self, mib: int) -> None:
+        """Plug memory into a RUNNING machine. Raises OutOfSlots, AboveMaximum, or another HypervisorError;
+        nothing was plugged then."""
+
+    @abstractmethod
+    async def memory_not_taken(self) -> str:
+        """Which of the plugged memory the guest is still to look at, in words; "" for none of it."""
+
+    @abstractmethod
+    async def hotunplug_memory(self, mib: int, *, timeout_s: float) -> int:
+        """Take up to `mib` back of what was plugged, as far as the guest can spare it in time; the rest
+        stays, which is logged. Gives how many MiB have gone. Raises HypervisorError."""
+
     @abstractmethod
     async def wait_dead(self) -> str:
         """Return when QEMU or virtiofsd has died, for whatever reason, with a sentence that says which

@@ -7,11 +7,11 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from agent_client.transports import AgentAddress, HybridVsockAddress, SerialAddress, VsockAddress
 from virtcontainers.config import RUN_VC, Accel, AgentConfig, AgentTransport, HypervisorConfig, SharedFS
@@ -27,6 +27,7 @@ from virtcontainers.hypervisor.base import (
     VMState,
     vm_dir,
 )
+from virtcontainers.hypervisor.hotplug import Hotplug
 from virtcontainers.hypervisor.logs import ConsoleLog, with_tail
 from virtcontainers.hypervisor.memory_file import copy_extents
 from virtcontainers.hypervisor.process import MachineProcess, end_processes
@@ -36,9 +37,10 @@ from virtcontainers.hypervisor.qemu_cmdline import (
     QemuCommandLine,
     copies_memory,
     plan,
+    shares_memory,
     virtio_fs_device,
 )
-from virtcontainers.hypervisor.qmp import QMP
+from virtcontainers.hypervisor.qmp import COMMAND_TIMEOUT_S, QMP
 from virtcontainers.hypervisor.vhost_vsock import (
     VHOST_DEVICE_VSOCK,
     GuestCID,
@@ -51,9 +53,13 @@ from virtcontainers.hypervisor.virtiofsd import Virtiofsd, detect_flavour, find_
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 MACHINE_TYPE = "q35"
 _MIGRATION_TIMEOUT_S = 30.0
 _UNPLUG_TIMEOUT_S = 30.0
+_TAKE_BACK_TIMEOUT_S = 5.0
+"""The guest refuses at once, or is at work already; nobody's container waits for it."""
 _PLUGGED_POLL_S = 0.01
 _VSOCK = "vsock0"
 _SHARE = "fs0"
@@ -101,6 +107,8 @@ class Qemu(Hypervisor):
         self._qmp: QMP | None = None
         self._console: ConsoleLog | None = None
         self._thread_ids: dict[int, int] = {}
+        self._memory_mib = config.default_memory_mib
+        self._hotplug: Hotplug | None = None
         self._free_ports = [f"rp{number}" for number in range(HOTPLUG_PORTS + config.pcie_root_port)]
 
     # -- planning
@@ -223,8 +231,7 @@ class Qemu(Hypervisor):
             await self._restore(max(0.0, deadline - clock()))
         if self.config.boot_from_template or self.config.boot_to_be_template:
             await self._plug_vhost_user()
-        cpus = await self._qmp.execute("query-cpus-fast")
-        self._thread_ids = {cpu["cpu-index"]: cpu["thread-id"] for cpu in cpus}
+        await self._find_vcpus()
         self.state = VMState.PAUSED if self.config.boot_from_template else VMState.RUNNING
         self._log.debug("QEMU (pid %d) runs after %.0f ms", self._qemu.pid, 1000 * (clock() - started_at))
 
@@ -481,6 +488,71 @@ class Qemu(Hypervisor):
         if self._console is not None:
             self._console.drain()
             self._console.close()
+
+    # -- growing
+
+    @property
+    def vcpus(self) -> int:
+        return len(self._thread_ids) or self.config.default_vcpus
+
+    @property
+    def memory_mib(self) -> int:
+        return self._memory_mib
+
+    async def hotplug_vcpus(self, count: int) -> int:
+        return await self._resize(self._plugger.add_vcpus(count))
+
+    async def hotunplug_vcpus(self, count: int, *, timeout_s: float = _TAKE_BACK_TIMEOUT_S) -> int:
+        if decide_accel(self.config.accel).accel is Accel.TCG:
+            # QEMU 7.2 was seen to die of a corrupted heap at the next thing that was plugged.
+            self._log.warning("%d vCPUs too many stay: an emulated machine (TCG) can lose none", count)
+            return 0
+        return await self._resize(self._plugger.remove_vcpus(count, timeout_s=timeout_s))
+
+    async def plan_hotplug_memory(self, mib: int, block_mib: int) -> list[int]:
+        return await self._plugger.plan_memory(self.memory_mib, mib, block_mib)
+
+    async def hotplug_memory(self, mib: int) -> None:
+        await self._resize(self._plugger.add_memory(self.memory_mib, mib))
+
+    async def memory_not_taken(self) -> str:
+        return await self._plugger.memory_not_taken()
+
+    async def hotunplug_memory(self, mib: int, *, timeout_s: float = _TAKE_BACK_TIMEOUT_S) -> int:
+        return await self._resize(self._plugger.remove_memory(mib, timeout_s=timeout_s))
+
+    async def _resize(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            result = await work
+        except BaseException:
+            # A part of it may be done; a QEMU that does not answer has cost its timeout already.
+            with contextlib.suppress(QMPFailed):
+                await self._find_size(timeout_s=_LAST_WORDS_TIMEOUT_S)
+            raise
+        await self._find_size()
+        return result
+
+    async def _find_size(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
+        await self._find_vcpus(timeout_s=timeout_s)
+        self._memory_mib = await self._plugger.memory_mib(timeout_s=timeout_s)
+
+    @property
+    def _plugger(self) -> Hotplug:
+        self.require(VMState.RUNNING)
+        if self._hotplug is None:
+            self._hotplug = Hotplug(
+                self.monitor,
+                self.config,
+                shared=shares_memory(self.config, self._transport, self._shared_path),
+                maximum_mib=self.config.default_maxmemory_mib or host_memory_mib(),
+                take_port=self.take_port,
+                logger=self._log,
+            )
+        return self._hotplug
+
+    async def _find_vcpus(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
+        cpus = await self.monitor.execute("query-cpus-fast", timeout_s=timeout_s)
+        self._thread_ids = {cpu["cpu-index"]: cpu["thread-id"] for cpu in cpus}
 
     # -- running
 

@@ -184,8 +184,7 @@ def plan(
     assert config.kernel is not None
     is_template = config.boot_to_be_template or config.boot_from_template
     virtio_fs = shared_path is not None and config.shared_fs is SharedFS.VIRTIO_FS
-    vhost_user = virtio_fs or transport is AgentTransport.HVSOCK
-    backend = _memory_backend(config, shared=vhost_user)
+    backend = _memory_backend(config, shared=shares_memory(config, transport, shared_path))
 
     machine: dict[str, Value] = {
         # Controllers that no guest of ours uses and every boot would pay for.
@@ -297,13 +296,18 @@ def virtio_fs_device(config: HypervisorConfig, chardev: str) -> dict[str, Value]
     return properties
 
 
+def shares_memory(config: HypervisorConfig, transport: AgentTransport, shared_path: Path | None) -> bool:
+    """Whether a vhost-user daemon maps the guest's memory."""
+    virtio_fs = shared_path is not None and config.shared_fs is SharedFS.VIRTIO_FS
+    return virtio_fs or transport is AgentTransport.HVSOCK
+
+
 def copies_memory(config: HypervisorConfig, transport: AgentTransport, shared_path: Path | None) -> bool:
     """Whether a clone has a copy of the template's memory, `Fd("memory")`, instead of a private mapping.
 
     A vhost-user daemon would see the template's pages where the guest has written its own.
     """
-    virtio_fs = shared_path is not None and config.shared_fs is SharedFS.VIRTIO_FS
-    return config.boot_from_template and (virtio_fs or transport is AgentTransport.HVSOCK)
+    return config.boot_from_template and shares_memory(config, transport, shared_path)
 
 
 def _virtio(driver: str, properties: Mapping[str, Value]) -> Option:
