@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ _STATES = {"fits": Colour.GREEN, "missing": None, "misfit": Colour.YELLOW, "brok
 def status(config_path: Path | None, *, as_json: bool) -> int:
     """Print it. Raises KataError when the configuration cannot be loaded."""
     found = collect(load_configuration(config_path))
-    if os.geteuid() != 0:
-        print("kata-py: warning: not root: what only root may see is missing here", file=sys.stderr)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -73,7 +70,8 @@ def _template(config: RuntimeConfig) -> Plain:
     try:
         info = read_template(path)
     except TemplateMissing:
-        return found | {"state": "missing", "problem": None}
+        problem = None if os.geteuid() == 0 else "not root: what only root may see is missing here"
+        return found | {"state": "missing", "problem": problem}
     except KataError as error:
         return found | {"state": "broken", "problem": str(error)}
     found |= {

@@ -18,11 +18,12 @@ MEMORY_COPY = "/memfd:kata-py-memory"
 
 _DELETED = " (deleted)"
 _UNMOUNTED = re.compile(r"/builds/[^/]+/memory")
-"""A template's memory after its tmpfs was unmounted below its clones: the mount's path is gone."""
+"""A template's memory after its tmpfs was unmounted below its clones: of its path the mount's is gone."""
 
 # "7f3d40000000-7f3d50000000 rw-p 00000000 00:2c 1037   /run/vc/vm/template/builds/0/memory"
 _HEADER = re.compile(rb"([0-9a-f]+-[0-9a-f]+) (\S{4}) \S+ ([0-9a-f]+):([0-9a-f]+) (\d+)\s*(.*)")
 _ENVIRON_BYTES = 1 << 16
+_COMMAND_LINE_BYTES = 1 << 20
 _SMAPS_BYTES = 64 << 20
 """Some 80000 mappings; the kernel's own bound is 65530 (vm.max_map_count)."""
 
@@ -82,7 +83,7 @@ def find_clones(template_path: Path) -> list[Clone]:
     except OSError:
         current = (0, 0)
     pids = sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    clones = (_clone(pid, f"{root}/", current) for pid in pids)
+    clones = (_clone(pid, template_path, f"{root}/", current) for pid in pids)
     return [clone for clone in clones if clone is not None]
 
 
@@ -99,7 +100,7 @@ class _Mapping:
     anonymous: int = 0
 
 
-def _clone(pid: int, root: str, current: tuple[int, int]) -> Clone | None:
+def _clone(pid: int, template_path: Path, root: str, current: tuple[int, int]) -> Clone | None:
     directory = _machine_of(pid)
     if directory is None or not _is_qemu(pid, directory):
         return None
@@ -110,7 +111,10 @@ def _clone(pid: int, root: str, current: tuple[int, int]) -> Clone | None:
         for mapping in _mappings(pid):
             own += mapping.anonymous
             # A machine that is being made a template maps its file shared, and is no clone.
-            is_template = mapping.path.startswith(root) or _UNMOUNTED.fullmatch(mapping.path)
+            is_template = mapping.path.startswith(root) or (
+                _UNMOUNTED.fullmatch(mapping.path)
+                and _was_started_with(pid, f"{template_path}{mapping.path}")
+            )
             if is_template and mapping.private:
                 shared += mapping.rss - mapping.anonymous
                 memory = CloneMemory.TEMPLATE if mapping.file == current else CloneMemory.OLD_TEMPLATE
@@ -143,6 +147,13 @@ def _is_qemu(pid: int, directory: Path) -> bool:
         return MachineFiles(directory=directory).pid_file.read_text().strip() == str(pid)
     except OSError:
         return False
+
+
+def _was_started_with(pid: int, memory: str) -> bool:
+    with Path(f"/proc/{pid}/cmdline").open("rb") as file:
+        command_line = file.read(_COMMAND_LINE_BYTES)
+    # As it stands in QEMU's options.
+    return os.fsencode("mem-path=" + memory.replace(",", ",,")) in command_line
 
 
 def _mappings(pid: int) -> Iterator[_Mapping]:

@@ -75,6 +75,7 @@ def start_machine(template: Path, tmp_path: Path) -> Iterator[StartMachine]:
                 template.resolve() / "current/memory",
                 str(touched),
                 str(written),
+                f"memory-backend-file,mem-path={template / (template / 'current').readlink()}/memory",
                 *(["pid-file"] if vm_id and is_qemu else []),
             ],
             stdin=subprocess.PIPE,
@@ -203,3 +204,5 @@ def test_a_clone_lives_on_without_its_template(
     clone = only(clones_of(template))
     assert (clone.pid, clone.memory) == (pid, CloneMemory.OLD_TEMPLATE)
     assert clone.shared_bytes >= 7 * PAGE
+    # Nor is it taken for one of another template that went the same way.
+    assert [clone for clone in find_clones(tmp_path / "other") if clone.pid == pid] == []
