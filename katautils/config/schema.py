@@ -219,7 +219,7 @@ HYPERVISOR: Table = {
     "memory_offset": Key(UINT64, "memory_offset_mib"),
     "enable_mem_prealloc": Key(BOOL, "enable_mem_prealloc"),
     "enable_hugepages": Key(BOOL, "enable_hugepages"),
-    "enable_virtio_mem": Key(BOOL, "enable_virtio_mem", inert=True),
+    "enable_virtio_mem": Key(BOOL, "enable_virtio_mem"),
     "shared_fs": Key(one_of("virtio-fs", "virtio-9p", "none"), "shared_fs"),
     "virtio_fs_daemon": Key(PATH, "virtio_fs_daemon", allowed_by="valid_virtio_fs_daemon_paths"),
     "valid_virtio_fs_daemon_paths": Key(PATHS, "valid_virtio_fs_daemon_paths"),
