@@ -305,16 +305,16 @@ def test_what_nobody_comes_for_is_ended(endpoint: Path, config: VMConfig) -> Non
 
 def test_a_pod_that_comes_too_late_is_told(endpoint: Path, config: VMConfig) -> None:
     async def body() -> None:
-        async with serving(endpoint, Direct(config), config, claim_timeout_s=0) as serving_:
+        async with serving(endpoint, Direct(config), config) as serving_:
             await serving_.filled()
             (ready,) = (await cache_status(endpoint)).vmstatus
             cache = await GrpcCache.fetch(endpoint, config)
 
-            def dawdles(persisted: Persisted, share_of: str | None = None) -> None:
+            def is_late(persisted: Persisted, share_of: str | None = None) -> None:
                 (Path(persisted["directory"]) / "owner").write_text("123 456")
 
             with pytest.raises(UnavailableError, match=f"{endpoint}: machine cache-.* was taken back"):
-                await cache.get_base_vm("pod", config, shared_path=None, on_planned=dawdles)
+                await cache.get_base_vm("pod", config, shared_path=None, on_planned=is_late)
             assert runs(ready.pid), "whoever has it ends it"
             assert await end_orphans() == 0, "its server lives"
             (directory,) = (RUN_VC / "vm").glob(f"{cache_machine_of(ready.pid)}")
