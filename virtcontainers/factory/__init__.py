@@ -82,10 +82,23 @@ class Factory:
                 log.debug(
                     "%s: machine after %.0f ms", type(self.base).__name__, 1000 * (clock() - started_at)
                 )
+            await _grow(vm, config)
         except BaseException:
             await asyncio.shield(vm.stop())
             raise
         return vm
+
+
+async def _grow(vm: VM, wanted: VMConfig) -> None:
+    vcpus = wanted.hypervisor.default_vcpus - vm.config.hypervisor.default_vcpus
+    memory_mib = wanted.hypervisor.default_memory_mib - vm.config.hypervisor.default_memory_mib
+    if vcpus <= 0 and memory_mib <= 0:
+        return
+    if vcpus > 0:
+        await vm.add_cpus(vcpus)
+    if memory_mib > 0:
+        await vm.add_memory(memory_mib)
+    await vm.online_cpu_memory()
 
 
 def _misfit(base: FactoryBase, config: VMConfig) -> str:
