@@ -106,15 +106,28 @@ def read_template(path: Path) -> TemplateInfo:
     except OSError as error:
         raise TemplateMissing(f"there is no template in {path}: {error.strerror}") from None
     try:
-        info = TemplateInfo(directory=directory, **json.loads((directory / "template.json").read_text()))
+        info = _parse_info(directory, (directory / "template.json").read_text())
     except OSError as error:
         raise KataError(f"the template {directory}: {error}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise KataError(f"the template {directory}: template.json is not readable: {error}") from error
     try:
         _check_files(info)
     except OSError as error:
         raise KataError(f"the template {directory}: {error}") from error
+    return info
+
+
+def _parse_info(directory: Path, text: str) -> TemplateInfo:
+    """Raises ValueError or TypeError for what `_build` has not written."""
+    info = TemplateInfo(directory=directory, **json.loads(text))
+    expected = dict.fromkeys(asdict(info), int) | {"directory": Path, "created": float, "made_of": dict}
+    for name, kind in expected.items():
+        if not isinstance(value := getattr(info, name), kind):
+            raise TypeError(f"{name}: found {value!r}, expected {kind.__name__}")
+    for part, value in info.made_of.items():
+        if not isinstance(value, str):
+            raise TypeError(f"made_of {part}: found {value!r}, expected str")
     return info
 
 
@@ -171,14 +184,14 @@ class Template(FactoryBase):
         parts = made_of(config)
         async with _builders_lock(path, config.agent.dial_timeout_s + _LOCK_TIMEOUT_S, on_progress):
             if not force:
-                with suppress(KataError):
-                    return cls.fetch(path, config)
+                with suppress(KataError, OSError):
+                    taken = cls.fetch(path, config)
+                    # Its builder, or a later one, may have been killed before it could.
+                    await sweep(path)
+                    return taken
                 if not retry:
                     _check_failure(path, parts, asked_at)
             try:
-                on_progress("making room")
-                _mount_tmpfs(path, config.hypervisor.default_memory_mib << 20)
-                await sweep(path)
                 info = await _build(path, config, parts, on_progress)
             except KataError as error:
                 _note_failure(path, parts, str(error))
@@ -191,8 +204,12 @@ class Template(FactoryBase):
     ) -> VM:
         """A paused clone."""
         with self._lease() as info:
+            saved = self.config.hypervisor
             hypervisor = replace(
-                template_hypervisor(self.config.hypervisor, info.directory),
+                # What is no part of the template is the pod's: how virtiofsd shares its files.
+                template_hypervisor(config.hypervisor, info.directory),
+                default_vcpus=saved.default_vcpus,
+                default_memory_mib=saved.default_memory_mib,
                 boot_to_be_template=False,
                 boot_from_template=True,
             )
@@ -262,10 +279,9 @@ async def _destroy(path: Path) -> bool:
     if others:
         # A slip in the configuration must not cost anybody his files.
         raise FailedPreconditionError(f"template_path {path}: found {others[0]}, expected a template alone")
-    with suppress(FileNotFoundError):
-        (path / "current").unlink()
-    await sweep(path)
     try:
+        (path / "current").unlink(missing_ok=True)
+        await sweep(path)
         for entry in list(path.iterdir()):
             if entry.is_dir() and not entry.is_symlink():
                 _remove_build_folders(entry)
@@ -286,7 +302,10 @@ def _remove_build_folders(builds: Path) -> None:
 
 
 async def sweep(path: Path) -> None:
-    """Remove what is left of builds that do not count: their files, and the machine of one that died."""
+    """Remove what is left of builds that do not count: their files, and the machine of one that died.
+
+    Raises KataError, OSError.
+    """
     try:
         current: str | None = (path / "current").readlink().name
     except OSError:
@@ -324,25 +343,29 @@ def _vm_id(build: Path) -> str:
 async def _build(
     path: Path, config: VMConfig, parts: dict[str, str], on_progress: OnProgress
 ) -> TemplateInfo:
-    build = path / "builds" / secrets.token_hex(6)
     try:
-        build.parent.mkdir(exist_ok=True, mode=0o700)
-        build.mkdir(mode=0o700)
-        info = await _create_template_vm(build, config, parts, on_progress)
-        written = {key: value for key, value in asdict(info).items() if key != "directory"}
-        _write(build / "template.json", json.dumps(written, indent=1))
-        for name in _LINKS:
-            with suppress(FileExistsError):
-                (path / name).symlink_to(f"current/{name}")
-        link = path / ".current"
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"builds/{build.name}")
-        link.rename(path / "current")
+        on_progress("making room")
+        _mount_tmpfs(path, config.hypervisor.default_memory_mib << 20)
+        await sweep(path)
+        build = path / "builds" / secrets.token_hex(6)
+        try:
+            build.parent.mkdir(exist_ok=True, mode=0o700)
+            build.mkdir(mode=0o700)
+            info = await _create_template_vm(build, config, parts, on_progress)
+            written = {key: value for key, value in asdict(info).items() if key != "directory"}
+            _write(build / "template.json", json.dumps(written, indent=1))
+            for name in _LINKS:
+                with suppress(FileExistsError):
+                    (path / name).symlink_to(f"current/{name}")
+            link = path / ".current"
+            link.unlink(missing_ok=True)
+            link.symlink_to(f"builds/{build.name}")
+            link.rename(path / "current")
+        finally:
+            # The one before, or this one when it has not become one.
+            await asyncio.shield(sweep(path))
     except OSError as error:
         raise KataError(f"the template in {path}: {error}") from error
-    finally:
-        # The one before, or this one when it has not become one.
-        await asyncio.shield(sweep(path))
     log.info("the template in %s is ready, with %d MiB", path, info.memory_allocated_bytes >> 20)
     return info
 
@@ -525,5 +548,6 @@ def _check_failure(path: Path, parts: dict[str, str], asked_at: float) -> None:
     except (OSError, ValueError, TypeError, KeyError):
         return
     ago = time.time() - at
-    if made_of_ == parts and (at > asked_at or 0 <= ago < _FAILURE_KEPT_S):
+    # In the future: the host's clock was set back.
+    if made_of_ == parts and ago >= 0 and (at > asked_at or ago < _FAILURE_KEPT_S):
         raise KataError(f"tried {ago:.0f} s ago: {reason}")

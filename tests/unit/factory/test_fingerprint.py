@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -17,8 +18,14 @@ from virtcontainers.factory.fingerprint import Difference, differences, made_of
 from virtcontainers.vm import VMConfig
 
 
-def changed(config: VMConfig, *, agent: dict[str, Any] | None = None, **hypervisor: Any) -> VMConfig:
-    return VMConfig(replace(config.hypervisor, **hypervisor), replace(config.agent, **agent or {}))
+def changed(
+    config: VMConfig, *, agent: Mapping[str, Any] = MappingProxyType({}), **hypervisor: Any
+) -> VMConfig:
+    return VMConfig(replace(config.hypervisor, **hypervisor), replace(config.agent, **agent))
+
+
+def _one(key: str, value: object) -> dict[str, Any]:
+    return {key: value}
 
 
 def parts_that_differ(one: VMConfig, other: VMConfig) -> list[str]:
@@ -74,7 +81,7 @@ def test_a_copy_elsewhere_is_another(vm_config: VMConfig, tmp_path: Path, key: s
     path: Path = getattr(vm_config.hypervisor, key)
     copy = tmp_path / "copy"
     copy.write_bytes(path.read_bytes())
-    assert parts_that_differ(vm_config, changed(vm_config, **{key: copy})) == [part]
+    assert parts_that_differ(vm_config, changed(vm_config, **_one(key, copy))) == [part]
 
 
 def test_what_a_link_leads_to_counts(vm_config: VMConfig, tmp_path: Path) -> None:
@@ -92,7 +99,7 @@ def test_what_a_link_leads_to_counts(vm_config: VMConfig, tmp_path: Path) -> Non
 @pytest.mark.parametrize("key", ["kernel", "initrd", "path"])
 def test_a_file_that_is_not_there_is_named(vm_config: VMConfig, tmp_path: Path, key: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"{tmp_path}/none: No such file"):
-        made_of(changed(vm_config, **{key: tmp_path / "none"}))
+        made_of(changed(vm_config, **_one(key, tmp_path / "none")))
 
 
 # -- settings
