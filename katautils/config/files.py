@@ -54,11 +54,11 @@ def find_configuration(path: Path | None, environ: Mapping[str, str] | None = No
     else:
         origin = ""
     if path is not None:
-        if not path.exists():
+        if not _is_there(path):
             raise NotFoundError(f"configuration file {path}{origin}: found nothing there, expected a file")
         return path.resolve()
     for candidate in SEARCH_PATHS:
-        if candidate.exists():
+        if _is_there(candidate):
             return candidate.resolve()
     looked_at = ", ".join(map(str, SEARCH_PATHS))
     raise NotFoundError(
@@ -66,14 +66,23 @@ def find_configuration(path: Path | None, environ: Mapping[str, str] | None = No
     )
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # somebody else may know; who reads it says why we do not
+        return True
+
+
 def read_configuration(path: Path) -> ParsedConfig:
     """Read a file and `config.d/*.toml` beside it, in the order of their names.
 
     Raises InvalidArgumentError: not TOML, or a value that is not of its key's kind.
     """
-    drop_ins = tuple(sorted((path.parent / DROP_IN_DIRECTORY).glob("*.toml"), key=lambda p: p.name))
-    parsed = ParsedConfig(path, drop_ins)
-    for file in (path, *drop_ins):
+    parsed = ParsedConfig(path)
+    _merge(parsed, path)
+    drop_ins = (path.parent / DROP_IN_DIRECTORY).glob("*.toml")
+    parsed.drop_ins = tuple(sorted(drop_ins, key=lambda p: p.name))
+    for file in parsed.drop_ins:
         _merge(parsed, file)
     return parsed
 
