@@ -418,7 +418,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="crictl", description="Client of the Container Runtime Interface.")
     parser.add_argument("--runtime-endpoint", "-r", required=True)
     parser.add_argument("--image-endpoint", "-i", help="accepted: both services are behind one socket")
-    parser.add_argument("--timeout", "-t", type=lambda text: float(text.removesuffix("s")), default=180)
+    parser.add_argument(
+        "--timeout", "-t", dest="rpc_timeout_s", type=lambda text: float(text.removesuffix("s")), default=180
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, act: Callable[[Client, argparse.Namespace], int], help: str, ids: str = "") -> Any:
@@ -487,7 +489,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = _parser().parse_args()
     try:
-        found: int = args.act(Client(args.runtime_endpoint, args.timeout), args)
+        found: int = args.act(Client(args.runtime_endpoint, args.rpc_timeout_s), args)
         sys.stdout.flush()
         return found
     except (CriError, cri_streaming.StreamingError, OSError, ValueError) as error:

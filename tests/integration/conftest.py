@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import host_state
 import pytest
+from cri import Crictl
 from harness import Ctr, new_id
 from private_containerd import (
     CACHE,
@@ -19,6 +21,7 @@ from private_containerd import (
     Settings,
     write_kata_config,
 )
+from private_cri import PAUSE_IMAGE_ARCHIVE
 
 SUITES = ("system", "trixie", "sid")
 """The machine's containerd (1.6 on Debian 12), 1.7 and 2.x; see hack/containerd-versions."""
@@ -38,17 +41,19 @@ def guest_image() -> Path:
     return GUEST_IMAGE
 
 
-def _start(suite: str, directory: Path) -> Containerd:
+def _start(suite: str, directory: Path, settings: Settings | None = None, cri: bool = False) -> Containerd:
     binaries = Path("/usr/bin") if suite == "system" else CACHE / "containerd" / suite / "bin"
     if os.geteuid() != 0:
         pytest.skip("containerd needs root")
     if not (binaries / "containerd").exists():
         reason = CACHE / "containerd" / f"{suite}.missing"
         pytest.skip(reason.read_text().strip() if reason.exists() else "run hack/containerd-versions")
-    for needed in (REPO / ".venv/bin/containerd-shim-kata-py-v2", TEST_IMAGE_ARCHIVE):
+    for needed in (REPO / ".venv/bin/containerd-shim-kata-py-v2", TEST_IMAGE_ARCHIVE, PAUSE_IMAGE_ARCHIVE):
         if not needed.exists():
             pytest.skip(f"no {needed}: run hack/setup.sh")
-    containerd = Containerd(root=directory / "root", run=directory / "run", binaries=binaries)
+    containerd = Containerd(
+        root=directory / "root", run=directory / "run", binaries=binaries, settings=settings, cri=cri
+    )
     containerd.start()
     _started.append(containerd)
     return containerd
@@ -73,6 +78,38 @@ def every_containerd(
     instance = _start(request.param, tmp_path_factory.mktemp("c"))
     yield instance
     instance.destroy()
+
+
+@pytest.fixture(scope="session")
+def crictl(tmp_path_factory: pytest.TempPathFactory, guest_image: Path) -> Iterator[Crictl]:
+    """crictl on the machine's containerd with the CRI plugin, in a private instance with a template."""
+    with _cri_instance("system", tmp_path_factory.mktemp("cri")) as found:
+        yield found
+
+
+@pytest.fixture(params=SUITES[1:])
+def newer_crictl(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, guest_image: Path
+) -> Iterator[Crictl]:
+    """As `crictl`, on each newer containerd that can be had."""
+    with _cri_instance(request.param, tmp_path_factory.mktemp("cri")) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def _cri_instance(suite: str, directory: Path) -> Iterator[Crictl]:
+    """Whatever it has for its pods is gone at the end."""
+    factory = {"enable_template": True, "template_path": str(directory / "template")}
+    instance = _start(suite, directory, settings={"factory": factory}, cri=True)
+    try:
+        yield Crictl(instance, directory)
+        bridge = Path("/sys/class/net", instance.network.bridge)
+        assert not list((bridge / "brif").iterdir()), "no pod is left on the bridge"
+        assert not list(instance.run.glob("state/*/netns/*")), "no network namespace is left"
+    finally:
+        instance.kata_py("factory", "destroy")
+        instance.destroy()
+        assert not Path("/sys/class/net", instance.network.bridge).exists()
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,10 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-OWN_ID = f"-{os.getpid()}-"
-"""In the ids of all containers and pods of this test run, see `harness.new_id`."""
+from private_cri import BRIDGE_PREFIX
+
+own_ids = {f"-{os.getpid()}-"}
+"""In the ids of all containers and pods of this test run: `harness.new_id`'s, and the CRI plugin's."""
 
 PER_POD = re.compile(
     r"/run/vc/(sbs|vm)/."
@@ -61,15 +63,22 @@ class HostState:
         return "\n".join(lines)
 
 
+def _is_own(text: str) -> bool:
+    return any(own in text for own in own_ids)
+
+
 def look(state_directories: frozenset[Path] = frozenset()) -> HostState:
     """`state_directories`: of containerds whose bundles count as well."""
     sockets = _unix_sockets()
+    ports = {port.name for port in Path("/sys/class/net").glob(f"{BRIDGE_PREFIX}*/brif/*")}
+    links = {link.name for link in Path("/sys/class/net").iterdir()} - ports
     return HostState(
         processes=frozenset(_processes()),
         mounts=frozenset(_mounts()),
-        network_links=frozenset(link.name for link in Path("/sys/class/net").iterdir()),
-        cgroups=frozenset(name for name, _, _ in os.walk("/sys/fs/cgroup") if OWN_ID in name),
-        unix_sockets=frozenset(path for path in sockets if OWN_ID in path),
+        # The bridges of private containerds, and what is plugged into them, come and go with these.
+        network_links=frozenset(link for link in links if not link.startswith(BRIDGE_PREFIX)),
+        cgroups=frozenset(name for name, _, _ in os.walk("/sys/fs/cgroup") if _is_own(name)),
+        unix_sockets=frozenset(path for path in sockets if _is_own(path)),
         paths=frozenset(path for root in ROOTS for path in _below(root, sockets)) - PERMANENT,
         bundles=frozenset(
             str(bundle)
@@ -98,7 +107,7 @@ def _processes() -> list[str]:
             arguments = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if OWN_ID in arguments:
+        if _is_own(arguments):
             found.append(f"{entry.name} {arguments[:300]}")
     return found
 
@@ -108,7 +117,7 @@ def _mounts() -> list[str]:
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, right = line.split(" - ")
         mounts.append(f"{right.split()[0]} on {left.split()[4]}")
-    return [mount for mount in mounts if OWN_ID in mount]
+    return [mount for mount in mounts if _is_own(mount)]
 
 
 def _unix_sockets() -> set[str]:
@@ -123,7 +132,7 @@ def _below(root: str, sockets: set[str]) -> list[str]:
     for directory, names, files in os.walk(root):
         for path in (f"{directory}/{name}" for name in names + files):
             # A shim's socket has a hash for its name: it is left behind when its shim is not there any more.
-            others = PER_POD.match(path) and OWN_ID not in path
+            others = PER_POD.match(path) and not _is_own(path)
             if not others and not (directory == "/run/containerd/s" and path in sockets):
                 found.append(path)
         # What is in a mount belongs to the mount, which is counted itself.

@@ -1,0 +1,259 @@
+"""A Kubernetes pod through containerd's CRI plugin: crictl's commands, as a person uses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import termios
+import time
+from collections.abc import Iterator
+
+import pytest
+from cri import POD, Crictl, Pod
+from harness import TIMEOUT_S, processes_of, wait_for
+
+SLEEP = ("sleep", "100000")
+
+
+@pytest.fixture(scope="module")
+def pod(crictl: Crictl) -> Iterator[Pod]:
+    with crictl.pod("pod") as pod:
+        yield pod
+
+
+@pytest.fixture(scope="module")
+def sleeper(pod: Pod) -> str:
+    """A container that does nothing."""
+    return pod.start("sleeper", "sh", "-c", "echo out; echo err >&2; exec sleep 100000")
+
+
+def test_a_container_is_created_started_stopped_and_removed(crictl: Crictl, pod: Pod) -> None:
+    container = pod.create("life", *SLEEP)
+    assert crictl.status(container)["state"] == "CONTAINER_CREATED"
+    crictl("start", container)
+    assert crictl.status(container)["state"] == "CONTAINER_RUNNING"
+    refused = crictl("rm", container, check=False)
+    assert refused.returncode != 0
+    assert "running" in refused.stderr
+    crictl("stop", "--timeout", "0", container)
+    status = crictl.status(container)
+    assert (status["state"], status["exitCode"]) == ("CONTAINER_EXITED", 137)
+    crictl("rm", container)
+    assert container not in crictl("ps", "--all", "--quiet").stdout
+
+
+def test_a_container_that_ends_by_itself_is_seen(crictl: Crictl, pod: Pod) -> None:
+    container = pod.start("ends", "sh", "-c", "exit 3")
+    status = pod.wait_exited(container)
+    assert (status["exitCode"], status["reason"]) == (3, "Error")
+    crictl("rm", container)
+
+
+def test_inspect_and_lists_show_what_there_is(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    found = crictl.inspectp(pod.id)
+    assert found["status"]["state"] == "SANDBOX_READY"
+    assert found["info"]["runtimeType"] == "io.containerd.kata-py.v2"
+    # Nothing of the pod but the machine is on the host.
+    assert processes_of(pod.id, "qemu-system") == [found["info"]["pid"]]
+    assert crictl.inspect(sleeper)["info"]["pid"] == found["info"]["pid"]
+    assert re.search(rf"{pod.id[:13]} .* Ready +{pod.name} ", crictl("pods").stdout)
+    assert re.search(rf"{sleeper[:13]} .* Running +sleeper ", crictl("ps").stdout)
+
+
+def test_exec_sync_gives_output_and_status(pod: Pod, sleeper: str) -> None:
+    result = pod.exec(sleeper, "sh", "-c", "echo one; echo two >&2; exit 3", check=False)
+    assert (result.stdout, result.stderr.splitlines()[0], result.returncode != 0) == ("one\n", "two", True)
+
+
+def test_exec_sync_ends_what_takes_too_long(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    result = crictl("exec", "--sync", "--timeout", "1", sleeper, "sleep", "4321", check=False)
+    assert result.returncode != 0
+    assert "timeout" in result.stderr
+    assert "4321" not in pod.exec(sleeper, "ps").stdout
+
+
+def test_exec_passes_stdin_to_its_end(crictl: Crictl, sleeper: str) -> None:
+    text = "".join(f"{number}\n" for number in range(20000))
+    assert crictl("exec", "-i", sleeper, "sort", "-rn", input=text).stdout.startswith("19999\n19998\n")
+
+
+def test_exec_with_a_terminal(crictl: Crictl, sleeper: str) -> None:
+    """A person's: the size of their terminal, its echo, Ctrl-C, the end by `exit`."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (33, 99))
+    command = crictl.containerd.crictl_command("exec", "-it", sleeper, "sh")
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+
+    def show(what: bytes) -> None:
+        nonlocal shown
+        deadline = time.monotonic() + TIMEOUT_S
+        while what not in shown:
+            assert time.monotonic() < deadline
+            try:
+                shown += os.read(ours, 4096)
+            except OSError:  # the other end is closed
+                break
+        assert what in shown
+        shown = shown.partition(what)[2]
+
+    try:
+        show(b"# ")
+        os.write(ours, b"stty size; tty; echo $TERM\n")
+        show(b"33 99\r\n/dev/pts/")
+        show(b"xterm\r\n")
+        os.write(ours, b"sleep 5432; echo cut $?\n")
+        wait_for("sleep", lambda: "5432" in crictl("exec", "-s", sleeper, "ps").stdout)
+        os.write(ours, b"\x03")
+        show(b"^C")
+        show(b"# ")
+        os.write(ours, b"exit 7\n")
+        assert process.wait(TIMEOUT_S) in (1, 7), "crictl's own is 1"
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def test_attach_joins_a_running_container(crictl: Crictl, pod: Pod) -> None:
+    container = pod.start("reader", "sh", stdin=True, stdin_once=True)
+    result = crictl("attach", "-i", container, input="echo $((6 * 7))\nexit 5\n", check=False)
+    assert result.stdout == "42\n"
+    assert pod.wait_exited(container)["exitCode"] == 5
+    assert crictl("logs", container).stdout == "42\n"
+    crictl("rm", container)
+
+
+def test_attach_to_a_container_with_a_terminal(crictl: Crictl, pod: Pod) -> None:
+    container = pod.start("terminal", "sh", stdin=True, stdin_once=True, tty=True)
+    result = crictl("attach", "-i", "-t", container, input="tty\nexit\n", check=False)
+    assert "/dev/pts/" in result.stdout.replace("\r", "")
+    assert pod.wait_exited(container)["exitCode"] == 0
+    crictl("rm", container)
+
+
+def test_logs_are_kept_by_stream_and_followed(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    logs = crictl("logs", sleeper)
+    assert (logs.stdout, logs.stderr) == ("out\n", "err\n")
+    script = "for n in 1 2 3; do echo line $n; sleep 0.3; done"
+    container = pod.start("talker", "sh", "-c", script)
+    assert crictl("logs", "--follow", container).stdout == "line 1\nline 2\nline 3\n"
+    assert crictl("logs", "--tail", "1", container).stdout == "line 3\n"
+    crictl("rm", container)
+
+
+def test_stats_are_the_guests(crictl: Crictl, pod: Pod) -> None:
+    script = "head -c 16m /dev/zero >/dev/shm/kept; n=0; while [ $n -lt 30000 ]; do n=$((n + 1)); done; cat"
+    container = pod.start("user", "sh", "-c", script, stdin=True)
+    wait_for("its work", lambda: "cat" in pod.exec(container, "ps").stdout)
+    (stats,) = json.loads(crictl("stats", "--id", container, "-o", "json").stdout)["stats"]
+    assert int(stats["memory"]["workingSetBytes"]["value"]) > 16 << 20
+    assert int(stats["cpu"]["usageCoreNanoSeconds"]["value"]) > 50_000_000
+    crictl("stop", container)
+    crictl("rm", container)
+
+
+def test_statsp_counts_the_whole_machine(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    (stats,) = json.loads(crictl("statsp", "--id", pod.id, "-o", "json").stdout)["stats"]
+    assert stats["attributes"]["metadata"]["name"] == pod.name
+    assert int(stats["linux"]["cpu"]["usageCoreNanoSeconds"]["value"]) > 10_000_000
+    assert [each["attributes"]["id"] for each in stats["linux"]["containers"]].count(sleeper) == 1
+
+
+def test_update_reaches_the_cgroup_in_the_guest(crictl: Crictl, pod: Pod) -> None:
+    container = pod.start("limited", *SLEEP, linux={"resources": {"memory_limit_in_bytes": 64 << 20}})
+
+    def limits() -> list[str]:
+        files = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/cpu.max")
+        return pod.exec(container, "cat", *files).stdout.split("\n")[:2]
+
+    assert limits() == [str(64 << 20), "max 100000"]
+    options = ("--memory", str(48 << 20), "--cpu-period", "100000", "--cpu-quota", "50000")
+    crictl("update", *options, container)
+    assert limits() == [str(48 << 20), "50000 100000"]
+    crictl("update", "--memory", str(96 << 20), container)
+    assert limits() == [str(96 << 20), "50000 100000"], "what an update does not name stays"
+    crictl("stop", container)
+    crictl("rm", container)
+
+
+def test_a_container_has_its_grace_period(crictl: Crictl, pod: Pod) -> None:
+    polite = "trap 'echo asked; exit 7' TERM; while :; do sleep 0.1; done"
+    container = pod.start("polite", "sh", "-c", polite)
+    crictl("stop", "--timeout", "60", container)
+    assert crictl.status(container)["exitCode"] == 7
+    assert crictl("logs", container).stdout == "asked\n"
+    stubborn = pod.start("stubborn", "sh", "-c", "trap '' TERM; while :; do sleep 0.1; done")
+    started = time.monotonic()
+    crictl("stop", "--timeout", "2", stubborn)
+    assert crictl.status(stubborn)["exitCode"] == 137
+    assert time.monotonic() - started >= 2
+    crictl("rm", container, stubborn)
+
+
+def test_a_container_is_restarted_in_a_living_pod(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    boot_id = pod.exec(sleeper, "cat", "/proc/sys/kernel/random/boot_id").stdout
+    for attempt in (0, 1, 2):
+        metadata = {"name": "phoenix", "attempt": attempt}
+        container = pod.start("phoenix", "sh", "-c", "ls /once; touch /once; sleep 99999", metadata=metadata)
+        assert pod.exec(container, "cat", "/proc/sys/kernel/random/boot_id").stdout == boot_id
+        crictl("stop", container)
+        assert crictl("logs", container).stdout == "", "its root is new"
+        crictl("rm", container)
+
+
+def test_memory_that_runs_out_is_the_reason(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    container = pod.start(
+        "hungry",
+        *("sh", "-c", "text=a; while :; do text=$text$text; done"),
+        linux={"resources": {"memory_limit_in_bytes": 24 << 20}},
+    )
+    status = pod.wait_exited(container)
+    assert (status["exitCode"], status["reason"]) == (137, "OOMKilled")
+    assert pod.exec(sleeper, "echo", "alive").stdout == "alive\n"
+    crictl("rm", container)
+
+
+def test_ten_containers_in_a_pod(crictl: Crictl) -> None:
+    with crictl.pod("ten", linux={"security_context": {"namespace_options": {"pid": POD}}}) as pod:
+        ids = [
+            pod.start(f"c{number}", "sh", "-c", f"echo {number}; {' '.join(SLEEP)}") for number in range(10)
+        ]
+        assert len(processes_of(pod.id, "containerd-shim-kata-py-v2")) == 1
+        assert len(processes_of(pod.id, "qemu-system")) == 1
+        assert [crictl("logs", each).stdout for each in ids] == [f"{number}\n" for number in range(10)]
+        assert pod.exec(ids[3], "ps").stdout.count(" ".join(SLEEP)) >= 10
+        crictl("stop", ids[0])
+        crictl("rm", ids[0])
+        assert pod.exec(ids[9], "ps").stdout.count(" ".join(SLEEP)) >= 9
+
+
+def test_a_stopped_pod_is_no_machine_any_more(crictl: Crictl) -> None:
+    with crictl.pod("stopped") as pod:
+        container = pod.start("c", *SLEEP)
+        crictl("stopp", pod.id)
+        assert not processes_of(pod.id, "qemu-system")
+        assert not processes_of(pod.id, "containerd-shim-kata-py-v2")
+        assert crictl.inspectp(pod.id)["status"]["state"] == "SANDBOX_NOTREADY"
+        assert crictl.status(container)["state"] == "CONTAINER_EXITED"
+        crictl("rmp", pod.id)
+        assert pod.id not in crictl("pods", "--quiet").stdout
+
+
+def test_newer_containerds_run_pods_too(newer_crictl: Crictl) -> None:
+    crictl = newer_crictl
+    with crictl.pod("newer") as pod:
+        container = pod.start("c", "sh", "-c", "echo hello; exec sleep 100000")
+        assert pod.exec(container, "hostname").stdout == f"{pod.name}\n"
+        assert crictl("exec", "-i", container, "cat", input="there and back").stdout == "there and back"
+        assert crictl("logs", container).stdout == "hello\n"
+        crictl("update", "--memory", str(48 << 20), container)
+        assert pod.exec(container, "cat", "/sys/fs/cgroup/memory.max").stdout == f"{48 << 20}\n"
+        assert json.loads(crictl("stats", "--id", container, "-o", "json").stdout)["stats"]
+        assert crictl.inspectp(pod.id)["status"]["runtimeHandler"] == "kata-py"
+        crictl("stop", container)
+        assert crictl.status(container)["state"] == "CONTAINER_EXITED"
