@@ -18,7 +18,13 @@ from virtcontainers.errors import KataError, UnavailableError
 Plain = dict[str, Any]
 """What JSON has; sizes are in bytes."""
 
-_STATES = {"fits": Colour.GREEN, "missing": None, "misfit": Colour.YELLOW, "broken": Colour.RED}
+_STATES = {
+    "fits": Colour.GREEN,
+    "missing": None,
+    "misfit": Colour.YELLOW,
+    "broken": Colour.RED,
+    "unreadable": Colour.YELLOW,
+}
 
 
 def status(config_path: Path | None, *, as_json: bool) -> int:
@@ -73,7 +79,8 @@ def _template(config: RuntimeConfig) -> Plain:
         problem = None if os.geteuid() == 0 else "not root: what only root may see is missing here"
         return found | {"state": "missing", "problem": problem}
     except KataError as error:
-        return found | {"state": "broken", "problem": str(error)}
+        state = "broken" if os.access(path, os.R_OK | os.X_OK) else "unreadable"
+        return found | {"state": state, "problem": str(error)}
     found |= {
         "created": info.created,
         "memory_bytes": info.memory_bytes,
@@ -103,6 +110,7 @@ def _print_template(found: Plain) -> None:
         "missing": "there is none",
         "misfit": "does not fit the configuration, and will be made anew",
         "broken": "broken, and will be made anew",
+        "unreadable": "only root can tell: use sudo",
     }[state]
     print(colour(Cell("template", Colour.BOLD)))
     rows = [
@@ -126,12 +134,15 @@ def _print_template(found: Plain) -> None:
             [Cell("  saved", Colour.DIM), Cell(saved)],
             [Cell("  made of", Colour.DIM), Cell("")],
         ]
-        expected = {each["part"]: each["expected"] for each in found["differences"]}
-        for part in dict.fromkeys((*found["made_of"], *expected)):
-            here = found["made_of"].get(part, "nothing")
-            rows.append([Cell(f"    {part}", Colour.DIM), Cell(here)])
-            if part in expected:
-                rows.append([Cell("      expected", Colour.YELLOW), Cell(expected[part], Colour.YELLOW)])
+        differing = {each["part"]: each for each in found["differences"]}
+        for part in dict.fromkeys((*found["made_of"], *differing)):
+            if part not in differing:
+                rows.append([Cell(f"    {part}", Colour.DIM), Cell(found["made_of"][part])])
+                continue
+            rows.append([Cell(f"    {part}", Colour.YELLOW), Cell(differing[part]["found"])])
+            rows.append(
+                [Cell("      expected", Colour.YELLOW), Cell(differing[part]["expected"], Colour.YELLOW)]
+            )
     print_table(rows)
 
 

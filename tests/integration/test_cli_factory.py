@@ -274,25 +274,39 @@ def test_a_disk_is_refused(no_template: Templates, tmp_path: Path) -> None:
         subprocess.run(["umount", no_template.path], check=True)
 
 
+def test_a_tmpfs_that_anybody_may_write_to_is_refused(no_template: Templates) -> None:
+    no_template.path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "some", no_template.path], check=True)
+    try:
+        assert_refused(no_template.factory("init"), "mode 1777", "root alone")
+        assert list(no_template.path.iterdir()) == []
+        # Nor is one used that somebody has put there.
+        (no_template.path / "current").symlink_to("builds/1")
+        assert "mode 1777" in no_template.status()["template"]["problem"]
+    finally:
+        subprocess.run(["umount", no_template.path], check=True)
+
+
 def test_a_path_that_cannot_be_made_is_refused(no_template: Templates) -> None:
     no_template.configure({"factory": {"template_path": "/proc/kata-py/template"}})
     assert_refused(no_template.factory("init"), "/proc/kata-py")
 
 
-def test_without_root(no_template: Templates) -> None:
+def test_without_root(template: Templates) -> None:
     nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-    command = [*nobody, *no_template.command("init")]
+    command = [*nobody, *template.command("init")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert_refused(result, f"{no_template.configuration}: Permission denied")
-    # Who may read it may look, and no more.
+    assert_refused(result, f"{template.configuration}: Permission denied")
+    # Who may read it may look at what is his, and no more.
     configuration = Path("/tmp") / f"{new_id('configuration')}.toml"
-    shutil.copy(no_template.configuration, configuration)
+    shutil.copy(template.configuration, configuration)
     try:
         for action in ("init", "destroy", "status"):
             command = [*nobody, str(KATA_PY), "factory", action, "--config", str(configuration)]
             result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
             if action == "status":
                 assert (result.returncode, result.stderr) == (0, "")
+                assert "only root can tell" in result.stdout
             else:
                 assert_refused(result, f"factory {action}: found user 65534, expected root")
     finally:

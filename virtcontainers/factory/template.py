@@ -103,8 +103,11 @@ def read_template(path: Path) -> TemplateInfo:
     """The template of `template_path`. Raises TemplateMissing; KataError with what is broken about one."""
     try:
         directory = path / (path / "current").readlink()
+    except PermissionError as error:
+        raise KataError(f"the template in {path}: {error.strerror}") from None
     except OSError as error:
         raise TemplateMissing(f"there is no template in {path}: {error.strerror}") from None
+    _check_folder(path)
     try:
         info = _parse_info(directory, (directory / "template.json").read_text())
     except OSError as error:
@@ -129,6 +132,16 @@ def _parse_info(directory: Path, text: str) -> TemplateInfo:
         if not isinstance(value, str):
             raise TypeError(f"made_of {part}: found {value!r}, expected str")
     return info
+
+
+def _check_folder(path: Path) -> None:
+    """Whoever may write there decides what runs in our machines."""
+    found = path.stat()
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+        raise FailedPreconditionError(
+            f"template_path {path}: found owner {found.st_uid} and mode {found.st_mode & 0o7777:04o}, "
+            "expected a folder that root alone may write to (0700)"
+        )
 
 
 def _check_files(info: TemplateInfo) -> None:
@@ -444,7 +457,7 @@ async def _builders_lock(
     lock = _lock_file(path)
     deadline = asyncio.get_running_loop().time() + timeout_s
     waited = False
-    while (fd := _try_lock(lock)) is None:
+    while (fd := _try_lock(path, lock)) is None:
         if not waited:
             on_progress("waiting for another builder")
             waited = True
@@ -463,13 +476,13 @@ def _lock_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def _try_lock(lock: Path) -> int | None:
+def _try_lock(path: Path, lock: Path) -> int | None:
     """A descriptor that holds it; None: somebody else does. Raises KataError."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise KataError(f"template_path {lock.parent}: {error}") from error
+        raise KataError(f"template_path {path}: {error}") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Between the two it may have been removed, with its template.
@@ -495,6 +508,7 @@ def _mount_tmpfs(path: Path, memory_bytes: int) -> None:
         raise FailedPreconditionError(
             f"template_path {path} is on {kind}, expected tmpfs: clones would read their memory from a disk"
         )
+    _check_folder(path)
     found = os.statvfs(path)
     used = (found.f_blocks - found.f_bfree) * found.f_frsize
     if found.f_bavail * found.f_frsize < memory_bytes + _ROOM_BYTES:
