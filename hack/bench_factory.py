@@ -37,7 +37,7 @@ AGENT = REPO / "hack/bench_agent.py"
 FLOOR = REPO / "hack/bench_floor.py"
 KATA_PY = REPO / ".venv/bin/kata-py"
 PODS = (1, 10, 30)
-SETTLE_S = 5.0
+SETTLE_S = 4.0
 """Until idle pods are idle, and the host's counters of free memory are up to date."""
 MEMORY_KEPT_MIB = 2048
 """Of the host's, that no pods are started into."""
