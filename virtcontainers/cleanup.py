@@ -34,6 +34,14 @@ async def cleanup(sandbox_id: str, container_id: str) -> None:
             await Qemu.cleanup(state.hypervisor)
         except KataError as error:
             failures.append(error)
+    if container_id == sandbox_id and state.cgroups:
+        from virtcontainers.resource_control import ResourceController
+
+        for path in reversed(state.cgroups):
+            try:
+                ResourceController(path).delete()
+            except KataError as error:
+                failures.append(error)
     for id_, rootfs in state.rootfs.items():
         if container_id in (id_, sandbox_id):
             mount.unmount_below(Path(rootfs))

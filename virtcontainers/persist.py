@@ -28,6 +28,8 @@ class SandboxState:
     hypervisor: dict[str, Any] = field(default_factory=dict)
     rootfs: dict[str, str] = field(default_factory=dict)
     """Container id -> the host directory on which we mounted its root."""
+    cgroups: list[str] = field(default_factory=list)
+    """Paths in each hierarchy, in the order of their making."""
     format: int = _FORMAT
 
 

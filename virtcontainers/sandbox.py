@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from virtcontainers import cleanup, persist
 from virtcontainers.agent import KataAgent
 from virtcontainers.config import ContainerConfig, SandboxConfig, SharedFS
-from virtcontainers.container import Container
+from virtcontainers.container import Container, ContainerState
 from virtcontainers.errors import (
     AlreadyExistsError,
     InvalidArgumentError,
@@ -23,6 +23,8 @@ from virtcontainers.errors import (
 )
 from virtcontainers.fs_share import FilesystemShare
 from virtcontainers.hypervisor.base import HypervisorError
+from virtcontainers.resource_control import PodCgroups, parse_cpus, pin_thread
+from virtcontainers.resources import cpuset, wanted_memory_mib, wanted_vcpus
 from virtcontainers.vm import VM, VMConfig
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 _DESTROY_TIMEOUT_S = 10.0
 _DEATH_TIMEOUT_S = 1.0
+_UNPLUG_TIMEOUT_S = 5.0
 
 Hook = Callable[["Sandbox"], Awaitable[None]]
 
@@ -85,6 +88,14 @@ class Sandbox:
         self._state = persist.SandboxState(id=config.id, shim_pid=os.getpid())
         self._log = logging.LoggerAdapter(log, {"sandbox": config.id})
         self._deleted = False
+        spec = config.container.spec
+        self._cgroups = PodCgroups(
+            config.id,
+            spec.get("linux", {}).get("cgroupsPath") or "",
+            sandbox_cgroup_only=config.sandbox_cgroup_only,
+        )
+        self._pinned = False
+        self._resizing = asyncio.Lock()
         self._shared = asyncio.Event()
         """Set when the share is there for containers to be added."""
 
@@ -100,7 +111,9 @@ class Sandbox:
         _check_id("container", config.container.id)
         container = Container(self, config.container)
         self.containers[container.id] = container
+        self._state.cgroups = self._cgroups.paths
         self.save()
+        self._cgroups.enter()
         machine = asyncio.create_task(self._get_vm())
         try:
             # The machine starts meanwhile: QEMU is a process of its own.
@@ -216,10 +229,50 @@ class Sandbox:
             self.save()
 
     async def update_resources(self) -> None:
-        """Fit the machine to what its containers ask for, after Kata's `updateResources`.
+        """Fit the machine to what its containers ask for, after Kata's `updateResources`: in steps, and with
+        all of it in use when this returns.
 
-        A machine made by the direct factory has its full size from the start.
+        What is too much stays: Kata's runtime takes vCPUs back, and memory only from a virtio-mem device.
+        Raises KataError's classes; the machine is then as large as it was, or a part of the way larger.
         """
+        if self.config.static_resource_mgmt:
+            return
+        assert self._vm is not None
+        async with self._resizing:
+            hypervisor, defaults = self._vm.hypervisor, self.config.hypervisor
+            asked = [c.resources for c in self.containers.values() if c.state is not ContainerState.STOPPED]
+            vcpus = wanted_vcpus(defaults.default_vcpus, asked) - hypervisor.vcpus
+            memory_mib = wanted_memory_mib(defaults.default_memory_mib, asked) - hypervisor.memory_mib
+            if vcpus > 0:
+                await self._vm.add_cpus(vcpus)
+            if memory_mib > 0:
+                await self._vm.add_memory(memory_mib)
+            if vcpus > 0 or memory_mib > 0:
+                await self._vm.online_cpu_memory()
+            if vcpus < 0:
+                await hypervisor.hotunplug_vcpus(-vcpus, timeout_s=_UNPLUG_TIMEOUT_S)
+            if memory_mib < 0 and defaults.enable_virtio_mem:
+                await hypervisor.hotunplug_memory(-memory_mib, timeout_s=_UNPLUG_TIMEOUT_S)
+            self._control_resources(asked)
+
+    def _control_resources(self, asked: list[dict[str, Any]]) -> None:
+        """Hold the machine to the pod's cgroups and CPUs on the host."""
+        assert self._vm is not None
+        threads = self._vm.hypervisor.get_thread_ids()
+        self._cgroups.constrain(list(threads.values()))
+        cpus, mems = cpuset(asked)
+        self._cgroups.sandbox.update_cpuset(cpus, mems)
+        if not self.config.enable_vcpus_pinning:
+            return
+        allowed = parse_cpus(cpus)
+        # One for each, or none: pinned are vCPUs that have a CPU of their own.
+        pinned = len(allowed) == len(threads)
+        for number, index in enumerate(sorted(threads)):
+            if pinned:
+                pin_thread(threads[index], [allowed[number]])
+            elif self._pinned:
+                pin_thread(threads[index], allowed or list(os.sched_getaffinity(0)))
+        self._pinned = pinned
 
     def _require_alive(self) -> None:
         if self.is_dead or self._vm is None:
@@ -290,6 +343,7 @@ class Sandbox:
         self._deleted = True
         for container in list(self.containers.values()):
             await container.cleanup()
+        self._cgroups.delete()
         cleanup.remove_host_state(self.id)
 
     def save(self) -> None:

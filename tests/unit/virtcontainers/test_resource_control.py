@@ -1,0 +1,147 @@
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from virtcontainers.errors import InvalidArgumentError, KataError
+from virtcontainers.resource_control import (
+    Hierarchy,
+    PodCgroups,
+    ResourceController,
+    find_hierarchies,
+    parse_cpus,
+    pin_thread,
+    sandbox_cgroup_path,
+)
+
+V1 = "35 24 0:30 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n"
+V1_SYSTEMD = "29 24 0:25 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n"
+V2 = "25 24 0:22 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw,nsdelegate\n"
+OTHER = "22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/root rw\n"
+
+
+@pytest.mark.parametrize(
+    ("cgroups_path", "path"),
+    [
+        ("/default/one", "/default/kata_one"),
+        ("/kubepods/burstable/pod1/one", "/kubepods/burstable/pod1/kata_one"),
+        ("relative/one", "/vc/relative/kata_one"),
+        ("", "/vc/kata_pod"),
+        (
+            "kubepods-burstable-pod1.slice:cri-containerd:one",
+            "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-one.scope",
+        ),
+    ],
+)
+def test_where_the_pods_cgroup_is(cgroups_path: str, path: str) -> None:
+    assert sandbox_cgroup_path(cgroups_path, "pod") == path
+
+
+def test_a_path_that_leaves_the_hierarchy_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"found '/a/../../b', expected no '..' in it"):
+        sandbox_cgroup_path("/a/../../b", "pod")
+
+
+@pytest.mark.parametrize(
+    ("mountinfo", "found"),
+    [
+        (OTHER + V1_SYSTEMD + V2 + V1, [("/sys/fs/cgroup/cpu,cpuacct", {"cpu", "cpuacct"})]),
+        (OTHER + V1_SYSTEMD + V2, [("/sys/fs/cgroup/unified", set())]),
+        (OTHER, []),
+    ],
+)
+def test_the_hierarchies_of_a_host(mountinfo: str, found: list[tuple[str, set[str]]], tmp_path: Path) -> None:
+    (tmp_path / "mountinfo").write_text(mountinfo)
+    expected = [Hierarchy(Path(path), frozenset(controllers)) for path, controllers in found]
+    assert find_hierarchies(tmp_path / "mountinfo") == expected
+
+
+@pytest.mark.parametrize(("text", "cpus"), [("", []), ("3", [3]), ("0-2,7", [0, 1, 2, 7])])
+def test_lists_of_cpus(text: str, cpus: list[int]) -> None:
+    assert parse_cpus(text) == cpus
+
+
+@pytest.mark.parametrize("text", ["a", "0-x", "0-99999999999"])
+def test_what_is_no_list_of_cpus_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="expected a list such as 0-3,7"):
+        parse_cpus(text)
+
+
+def test_a_thread_is_pinned_to_cpus_that_there_are() -> None:
+    here = sorted(os.sched_getaffinity(0))
+    with subprocess.Popen(["sleep", "100"]) as process:
+        try:
+            pin_thread(process.pid, here[:1])
+            assert os.sched_getaffinity(process.pid) == set(here[:1])
+            with pytest.raises(KataError, match=f"thread {process.pid} is not bound to CPUs"):
+                pin_thread(process.pid, [8000])
+        finally:
+            process.kill()
+    pin_thread(process.pid, here)  # it has ended: nothing to pin
+
+
+@pytest.fixture(params=["v1", "v2"])
+def hierarchies(request: pytest.FixtureRequest) -> list[Hierarchy]:
+    if os.geteuid() != 0:
+        pytest.skip("cgroups need root")
+    if request.param == "v1":
+        found = [hierarchy for hierarchy in find_hierarchies() if not hierarchy.is_v2]
+    else:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        points = [line.split()[4] for line in lines if " - cgroup2 " in line]
+        found = [Hierarchy(Path(point), frozenset()) for point in points[:1]]
+    if not found:
+        pytest.skip(f"this host has no cgroup {request.param}")
+    return found
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "1000"]) as sleeper:
+        yield sleeper
+        sleeper.kill()
+
+
+def test_a_cgroup_holds_a_process_and_goes(
+    hierarchies: list[Hierarchy], process: subprocess.Popen[bytes]
+) -> None:
+    path = f"/kata-py-unit-test-{os.getpid()}/kata_pod"
+    controller = ResourceController(path, hierarchies)
+    parent = ResourceController(str(Path(path).parent), hierarchies)
+    controller.create()
+    controller.create()
+    try:
+        controller.add_process(process.pid)
+        assert controller.pids() == {process.pid}
+        controller.add_thread(process.pid)
+        controller.update_cpuset("", "")
+        assert path in Path(f"/proc/{process.pid}/cgroup").read_text()
+    finally:
+        controller.delete()
+        controller.delete()
+        assert parent.pids() == {process.pid}
+        process.kill()
+        process.wait()
+        parent.delete()
+    for hierarchy in hierarchies:
+        assert not (hierarchy.mount_point / parent.path.lstrip("/")).exists()
+
+
+def test_a_process_that_has_ended_is_in_no_cgroup(hierarchies: list[Hierarchy]) -> None:
+    controller = ResourceController(f"/kata-py-unit-test-{os.getpid()}", hierarchies)
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    controller.create()
+    try:
+        controller.add_process(process.pid)
+        assert controller.pids() == set()
+    finally:
+        controller.delete()
+
+
+def test_a_pod_has_an_overhead_cgroup_unless_it_has_the_one_only() -> None:
+    both = PodCgroups("pod", "/default/one", sandbox_cgroup_only=False)
+    assert both.paths == ["/default/kata_one", "/kata_overhead/pod"]
+    assert PodCgroups("pod", "/default/one", sandbox_cgroup_only=True).paths == ["/default/kata_one"]

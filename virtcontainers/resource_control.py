@@ -1,0 +1,258 @@
+"""The pod's cgroups on the host, after Kata's `resourcecontrol` and its use in `sandbox.go`.
+
+With `sandbox_cgroup_only` everything of a pod is in its sandbox cgroup, which the engine has sized. Without
+it only the vCPUs are; the shim, QEMU's other threads and the daemons are in an overhead cgroup of their own.
+
+Hosts with cgroup v1, also beside v2 (hybrid), get a directory in each v1 hierarchy; hosts with v2 alone one.
+There a thread cannot leave its process, so all of QEMU is in the sandbox cgroup, as in Kata.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from virtcontainers.errors import InvalidArgumentError, KataError
+
+log = logging.getLogger(__name__)
+
+KATA_PREFIX = "kata_"
+OVERHEAD_ROOT = "/kata_overhead"
+DEFAULT_ROOT = "/vc"
+"""Above a relative cgroupsPath."""
+
+_V2_CONTROLLERS = ("cpu", "cpuset", "memory", "pids", "io")
+_REMOVE_TIMEOUT_S = 2.0
+_MAX_CPU = 8191  # of Linux on x86, CONFIG_NR_CPUS
+
+
+def sandbox_cgroup_path(cgroups_path: str, sandbox_id: str) -> str:
+    """Where the pod's cgroup is in each hierarchy, for `linux.cgroupsPath` of its spec ("" for none).
+
+    Raises InvalidArgumentError for one that leaves the hierarchy.
+    """
+    if ".." in PurePosixPath(cgroups_path).parts:
+        raise InvalidArgumentError(f"linux.cgroupsPath: found {cgroups_path!r}, expected no '..' in it")
+    slice_, _, rest = cgroups_path.partition(":")
+    if rest and slice_.endswith(".slice"):
+        prefix, _, name = rest.partition(":")
+        return (
+            f"{_expand_slice(slice_)}/{prefix}-{name}.scope" if prefix else f"{_expand_slice(slice_)}/{name}"
+        )
+    path = PurePosixPath(cgroups_path or sandbox_id)
+    root = PurePosixPath("/") if path.is_absolute() else PurePosixPath(DEFAULT_ROOT)
+    renamed = root / path.parent / f"{KATA_PREFIX}{path.name}"
+    return str(renamed)
+
+
+def _expand_slice(slice_: str) -> str:
+    """systemd.slice(5): "a-b.slice" is in "a.slice"."""
+    parts = slice_.removesuffix(".slice").split("-")
+    if parts == [""]:
+        return ""
+    return "".join(f"/{'-'.join(parts[: n + 1])}.slice" for n in range(len(parts)))
+
+
+def overhead_cgroup_path(sandbox_id: str) -> str:
+    return f"{OVERHEAD_ROOT}/{sandbox_id}"
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """A mounted cgroup file system."""
+
+    mount_point: Path
+    controllers: frozenset[str]
+    """Of v1; empty for v2."""
+
+    @property
+    def is_v2(self) -> bool:
+        return not self.controllers
+
+
+def find_hierarchies(mountinfo: Path = Path("/proc/self/mountinfo")) -> list[Hierarchy]:
+    """All of v1 where there is a controller in one, else v2's."""
+    found: dict[str, Hierarchy] = {}
+    unified: list[Hierarchy] = []
+    for line in mountinfo.read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        mount_point = Path(left.split()[4])
+        fstype, _, options = right.split(" ", 2)
+        if fstype == "cgroup2":
+            unified.append(Hierarchy(mount_point, frozenset()))
+        elif fstype == "cgroup":
+            known = ("cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids")
+            controllers = frozenset(known) & frozenset(options.replace(" ", ",").split(","))
+            if controllers:  # and not systemd's own
+                found.setdefault(",".join(sorted(controllers)), Hierarchy(mount_point, controllers))
+    return list(found.values()) or unified[:1]
+
+
+class ResourceController:
+    """One cgroup, in every hierarchy; its path begins with "/". All raise KataError."""
+
+    def __init__(self, path: str, hierarchies: list[Hierarchy] | None = None) -> None:
+        self.path = path
+        self._hierarchies = find_hierarchies() if hierarchies is None else hierarchies
+
+    def _directories(self) -> Iterator[tuple[Hierarchy, Path]]:
+        for hierarchy in self._hierarchies:
+            yield hierarchy, hierarchy.mount_point / self.path.lstrip("/")
+
+    def create(self) -> None:
+        """Idempotent."""
+        for hierarchy, directory in self._directories():
+            try:
+                _make(hierarchy, directory)
+            except OSError as error:
+                raise KataError(f"cgroup {directory}: {error.strerror}") from error
+
+    def add_process(self, pid: int) -> None:
+        """With all its threads; children to come are born here."""
+        self._write("cgroup.procs", str(pid))
+
+    def add_thread(self, thread_id: int) -> None:
+        """v1; on v2 its whole process comes."""
+        for hierarchy, directory in self._directories():
+            _write(directory / ("cgroup.procs" if hierarchy.is_v2 else "tasks"), str(thread_id))
+
+    def update_cpuset(self, cpus: str, mems: str) -> None:
+        """Lists as the kernel's, "0-3,7"; "" leaves what is there."""
+        for hierarchy, directory in self._directories():
+            if "cpuset" not in hierarchy.controllers and not (directory / "cpuset.cpus").exists():
+                continue
+            for name, value in (("cpuset.cpus", cpus), ("cpuset.mems", mems)):
+                if value:
+                    _write(directory / name, value)
+
+    def _write(self, name: str, text: str) -> None:
+        for _, directory in self._directories():
+            _write(directory / name, text)
+
+    def pids(self) -> set[int]:
+        """Of the processes that have a thread in it."""
+        found: set[int] = set()
+        for _, directory in self._directories():
+            with contextlib.suppress(OSError):
+                found.update(int(pid) for pid in (directory / "cgroup.procs").read_text().split())
+        return found
+
+    def delete(self) -> None:
+        """Remove it; whoever is still in it goes to its parent. Idempotent, in any process."""
+        for _, directory in self._directories():
+            deadline = time.monotonic() + _REMOVE_TIMEOUT_S
+            while True:
+                _move_up(directory)
+                try:
+                    directory.rmdir()
+                except FileNotFoundError:
+                    pass
+                except OSError as error:
+                    # A process that was just killed is in it until it is reaped.
+                    if error.errno == errno.EBUSY and time.monotonic() < deadline:
+                        time.sleep(0.005)
+                        continue
+                    raise KataError(f"cgroup {directory}: {error.strerror}") from error
+                break
+
+
+def _make(hierarchy: Hierarchy, directory: Path) -> None:
+    if directory == hierarchy.mount_point or directory.is_dir():
+        return
+    _make(hierarchy, directory.parent)
+    if hierarchy.is_v2:
+        # What the parent cannot give, because of processes in it or of its own parent, is only not counted.
+        for controller in _V2_CONTROLLERS:
+            with contextlib.suppress(OSError):
+                (directory.parent / "cgroup.subtree_control").write_text(f"+{controller}")
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir()
+    if "cpuset" in hierarchy.controllers:
+        # Born empty, and then nobody may enter.
+        for name in ("cpuset.cpus", "cpuset.mems"):
+            if not (directory / name).read_text().strip():
+                (directory / name).write_text((directory.parent / name).read_text())
+
+
+def _move_up(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        for pid in (directory / "cgroup.procs").read_text().split():
+            with contextlib.suppress(OSError):
+                (directory.parent / "cgroup.procs").write_text(pid)
+    with contextlib.suppress(OSError):  # v1: threads whose process is elsewhere
+        for thread_id in (directory / "tasks").read_text().split():
+            with contextlib.suppress(OSError):
+                (directory.parent / "tasks").write_text(thread_id)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except ProcessLookupError:
+        pass  # it has ended
+    except OSError as error:
+        raise KataError(f"{path}: {text!r} is refused: {error.strerror}") from error
+
+
+def parse_cpus(text: str) -> list[int]:
+    """ "0-2,7" as [0, 1, 2, 7]. Raises InvalidArgumentError."""
+    cpus: list[int] = []
+    try:
+        for part in filter(None, text.strip().split(",")):
+            first, _, last = part.partition("-")
+            if int(last or first) > _MAX_CPU:
+                raise ValueError
+            cpus += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise InvalidArgumentError(f"cpuset: found {text!r}, expected a list such as 0-3,7") from None
+    return cpus
+
+
+def pin_thread(thread_id: int, cpus: list[int]) -> None:
+    """Raises KataError."""
+    try:
+        os.sched_setaffinity(thread_id, cpus)
+    except ProcessLookupError:
+        pass
+    except (OSError, ValueError) as error:
+        raise KataError(f"thread {thread_id} is not bound to CPUs {cpus}: {error}") from error
+
+
+class PodCgroups:
+    """The cgroups of one pod."""
+
+    def __init__(self, sandbox_id: str, cgroups_path: str, *, sandbox_cgroup_only: bool) -> None:
+        hierarchies = find_hierarchies()
+        self.sandbox = ResourceController(sandbox_cgroup_path(cgroups_path, sandbox_id), hierarchies)
+        self.overhead: ResourceController | None = None
+        if not sandbox_cgroup_only:
+            self.overhead = ResourceController(overhead_cgroup_path(sandbox_id), hierarchies)
+
+    @property
+    def paths(self) -> list[str]:
+        """What `ResourceController.delete` needs to undo it all in another process."""
+        return [self.sandbox.path, *([self.overhead.path] if self.overhead else [])]
+
+    def enter(self) -> None:
+        """Make them, and put this process where all that it starts from now on is to be."""
+        self.sandbox.create()
+        if self.overhead is not None:
+            self.overhead.create()
+        (self.overhead or self.sandbox).add_process(os.getpid())
+
+    def constrain(self, vcpu_threads: list[int]) -> None:
+        """The threads that run the guest go where the pod's limits are."""
+        if self.overhead is not None:
+            for thread_id in vcpu_threads:
+                self.sandbox.add_thread(thread_id)
+
+    def delete(self) -> None:
+        """Idempotent; this process goes up to the parents."""
+        for controller in filter(None, (self.overhead, self.sandbox)):
+            controller.delete()
