@@ -311,11 +311,13 @@ def _with_workload(config: RuntimeConfig, cpus: float, memory_mib: int) -> Hyper
     from dataclasses import replace
 
     vcpus = math.ceil(config.hypervisor.default_vcpus + cpus)
+    # A clone has the slots of its template, and is grown once before its first container.
+    clones = config.factory.enable_template or config.factory.vm_cache_number > 0
     memory_mib += config.hypervisor.default_memory_mib
     return replace(
         config.hypervisor,
         default_vcpus=vcpus,
-        default_maxvcpus=vcpus,
+        default_maxvcpus=max(vcpus, config.hypervisor.default_maxvcpus) if clones else vcpus,
         default_memory_mib=memory_mib,
         default_maxmemory_mib=max(memory_mib, config.hypervisor.default_maxmemory_mib),
     )
