@@ -52,13 +52,13 @@ class Online:
         """What the guest's kernel keeps of the machine's memory for itself."""
 
     async def add_cpus(self, count: int) -> int:
-        self._forget_unplugged()
         async with self._told_of_death():
+            await self._find_size()
             return await self._hypervisor.hotplug_vcpus(count)
 
     async def add_memory(self, mib: int, timeout_s: float) -> None:
-        self._forget_unplugged()
         async with self._told_of_death():
+            await self._find_size()
             await self._look(timeout_s)
             assert self._block_mib is not None
             for number, step in enumerate(await self._hypervisor.plan_hotplug_memory(mib, self._block_mib)):
@@ -66,7 +66,8 @@ class Online:
                     await self.online(timeout_s)
                 await self._hypervisor.hotplug_memory(step)
 
-    def _forget_unplugged(self) -> None:
+    async def _find_size(self) -> None:
+        await self._hypervisor.find_size()
         self._vcpus = min(self._vcpus, self._hypervisor.vcpus)
         self._memory_mib = min(self._memory_mib, self._hypervisor.memory_mib)
 
@@ -101,6 +102,7 @@ class Online:
 
     async def _online(self, timeout_s: float) -> None:
         hypervisor = self._hypervisor
+        await self._find_size()
         # As Kata: 0 leaves the CPUs as they are.
         nb_cpus = hypervisor.vcpus if hypervisor.vcpus > self._vcpus else 0
         cpu_only = hypervisor.memory_mib <= self._memory_mib
@@ -136,7 +138,8 @@ class Online:
         self._log.debug("the guest uses %s after %.0f ms", self._plugged(nb_cpus), took_ms)
 
     def _plugged(self, nb_cpus: int) -> str:
-        plugged = [f"{nb_cpus - self._vcpus} more vCPUs"] if nb_cpus else []
+        more = nb_cpus - self._vcpus
+        plugged = [f"{more} more vCPU{'s' if more > 1 else ''}"] if nb_cpus else []
         if self._hypervisor.memory_mib > self._memory_mib:
             plugged += [f"{self._hypervisor.memory_mib - self._memory_mib} MiB more memory"]
         return " and ".join(plugged)

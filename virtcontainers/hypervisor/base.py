@@ -84,12 +84,16 @@ class Hypervisor(ABC):
     @property
     @abstractmethod
     def vcpus(self) -> int:
-        """As many as the machine has now."""
+        """As many as the machine had when `find_size` or a change of it last asked."""
 
     @property
     @abstractmethod
     def memory_mib(self) -> int:
-        """As much as the guest was given."""
+        """As much as the guest was given, likewise."""
+
+    @abstractmethod
+    async def find_size(self, *, timeout_s: float) -> None:
+        """What is unplugged may go after nobody waits for it any more. Raises HypervisorError."""
 
     @abstractmethod
     async def hotplug_vcpus(self, count: int) -> int:

@@ -316,6 +316,7 @@ class Hotplug:
         async with self._lock:
             if self._config.enable_virtio_mem:
                 return await self._shrink_virtio_mem(mib, timeout_s)
+            await self.memory_not_taken()
             gone = 0
             ours = [
                 device
@@ -324,9 +325,12 @@ class Hotplug:
             ]
             for device in sorted(ours, key=lambda device: -device["addr"]):
                 size = device["size"] >> 20
+                if device["id"] in self._not_taken:
+                    # Told to let go of what it has not taken, it would do so at the next that is plugged in.
+                    self._log.warning("%s stays: the guest has not looked at it", device["id"])
+                    break
                 if gone + size > mib or not await self._unplug([device["id"]], timeout_s):
                     break
-                self._not_taken.discard(device["id"])
                 await self._qmp.execute("object-del", {"id": device["memdev"].removeprefix("/objects/")})
                 gone += size
             return gone

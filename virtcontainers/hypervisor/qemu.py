@@ -505,7 +505,7 @@ class Qemu(Hypervisor):
     async def hotunplug_vcpus(self, count: int, *, timeout_s: float = _TAKE_BACK_TIMEOUT_S) -> int:
         if decide_accel(self.config.accel).accel is Accel.TCG:
             # QEMU 7.2 was seen to die of a corrupted heap at the next thing that was plugged.
-            self._log.warning("%d vCPUs too many stay: an emulated machine (TCG) can lose none", count)
+            self._log.warning("vCPUs stay, %d too many: an emulated machine (TCG) can lose none", count)
             return 0
         return await self._resize(self._plugger.remove_vcpus(count, timeout_s=timeout_s))
 
@@ -527,12 +527,12 @@ class Qemu(Hypervisor):
         except BaseException:
             # A part of it may be done; a QEMU that does not answer has cost its timeout already.
             with contextlib.suppress(QMPFailed):
-                await self._find_size(timeout_s=_LAST_WORDS_TIMEOUT_S)
+                await self.find_size(timeout_s=_LAST_WORDS_TIMEOUT_S)
             raise
-        await self._find_size()
+        await self.find_size()
         return result
 
-    async def _find_size(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
+    async def find_size(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
         await self._find_vcpus(timeout_s=timeout_s)
         self._memory_mib = await self._plugger.memory_mib(timeout_s=timeout_s)
 
