@@ -247,8 +247,8 @@ class Sandbox:
                 await self._vm.add_cpus(vcpus)
             if memory_mib > 0:
                 await self._vm.add_memory(memory_mib)
-            if vcpus > 0 or memory_mib > 0:
-                await self._vm.online_cpu_memory()
+            # Also what an earlier container has plugged and then not waited for.
+            await self._vm.online_cpu_memory()
             if vcpus < 0:
                 await hypervisor.hotunplug_vcpus(-vcpus, timeout_s=_UNPLUG_TIMEOUT_S)
             if memory_mib < 0 and defaults.enable_virtio_mem:

@@ -343,7 +343,8 @@ def _memory(config: HypervisorConfig, host_memory_mib: int) -> Option:
     if config.image is not None:
         # The image takes a slot, and its size of the room for hot-plugging.
         most += -(-config.image.stat().st_size // (1 << 20))
-    if config.memory_slots == 0 or most <= config.default_memory_mib:
+    can_grow = config.memory_slots > 0 or config.enable_virtio_mem
+    if not can_grow or most <= config.default_memory_mib:
         return Option(f"{config.default_memory_mib}M")
     return Option(f"{config.default_memory_mib}M", {"slots": config.memory_slots, "maxmem": f"{most}M"})
 
