@@ -39,10 +39,11 @@ def run(url: str, *, stdin: bool, tty: bool) -> int:
         outputs = {connection.open("stdout"): 1}
         if not tty:
             outputs[connection.open("stderr")] = 2
-        elif sys.stdin.isatty():
-            resize = connection.open("resize")
-            stack.enter_context(_raw_terminal())
-            stack.enter_context(_on_resize(lambda size: connection.send(resize, size)))
+        else:
+            resize = connection.open("resize")  # waited for, whether it is used or not
+            if sys.stdin.isatty():
+                stack.enter_context(_raw_terminal())
+                stack.enter_context(_on_resize(lambda size: connection.send(resize, size)))
         return _exit_status(_pump(connection, error, inputs, outputs))
 
 
@@ -166,7 +167,7 @@ def _exit_status(message: bytes) -> int:
 @contextlib.contextmanager
 def _raw_terminal() -> Iterator[None]:
     before = termios.tcgetattr(sys.stdin)
-    tty.setraw(sys.stdin)
+    tty.setraw(sys.stdin, termios.TCSADRAIN)  # what has been typed already stays
     try:
         yield
     finally:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import pty
+import select
 import subprocess
+import termios
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +36,31 @@ class Result:
     stderr: str
 
 
+@dataclass
+class Terminal:
+    """What a person types and sees."""
+
+    process: subprocess.Popen[bytes]
+    _fd: int
+    _shown: bytes = b""
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def expect(self, text: str) -> None:
+        """Wait until it has been shown; what comes before it is not looked at again."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while (wanted := text.encode()) not in self._shown:
+            readable, _, _ = select.select([self._fd], [], [], deadline - time.monotonic())
+            assert readable, f"waited {TIMEOUT_S} s for {text!r}, found {self._shown!r}"
+            try:
+                self._shown += os.read(self._fd, 4096)
+            except OSError:  # nobody has the other end any more
+                break
+        assert wanted in self._shown, (text, self._shown)
+        self._shown = self._shown.partition(wanted)[2]
+
+
 @dataclass(frozen=True)
 class Crictl:
     """crictl, on one private containerd that has the CRI plugin."""
@@ -52,6 +82,21 @@ class Crictl:
                 f"crictl {' '.join(arguments)}: {found.stderr}{self.containerd.log_tail()}"
             )
         return Result(found.returncode, found.stdout, found.stderr)
+
+    @contextlib.contextmanager
+    def terminal(self, *arguments: str, size: tuple[int, int] = (24, 80)) -> Iterator[Terminal]:
+        """crictl on a terminal of its own, `size` rows and columns."""
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, size)
+        command = self.containerd.crictl_command(*arguments)
+        process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        try:
+            yield Terminal(process, ours)
+        finally:
+            process.kill()
+            process.wait()
+            os.close(ours)
 
     def inspect(self, container_id: str) -> Json:
         return _loads(self("inspect", container_id).stdout)
@@ -99,12 +144,13 @@ class Pod:
 
     def create(self, name: str, *command: str, **config: Any) -> str:
         """The id of a new container, not started."""
+        namespaces = json.loads(self.config.read_text())["linux"]["security_context"]["namespace_options"]
         defaults = {
             "metadata": {"name": name},
             "image": {"image": TEST_IMAGE},
             "command": list(command),
             "log_path": f"{name}.log",
-            "linux": {"security_context": {"namespace_options": {"pid": CONTAINER}}},
+            "linux": {"security_context": {"namespace_options": namespaces}},
         }
         path = self.config.with_name(f"{self.name}-{name}.json")
         path.write_text(json.dumps(_merged(defaults, config)))

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import subprocess
-import termios
 import time
 from collections.abc import Iterator
 
@@ -80,43 +76,19 @@ def test_exec_passes_stdin_to_its_end(crictl: Crictl, sleeper: str) -> None:
     assert crictl("exec", "-i", sleeper, "sort", "-rn", input=text).stdout.startswith("19999\n19998\n")
 
 
-def test_exec_with_a_terminal(crictl: Crictl, sleeper: str) -> None:
-    """A person's: the size of their terminal, its echo, Ctrl-C, the end by `exit`."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (33, 99))
-    command = crictl.containerd.crictl_command("exec", "-it", sleeper, "sh")
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown = b""
-
-    def show(what: bytes) -> None:
-        nonlocal shown
-        deadline = time.monotonic() + TIMEOUT_S
-        while what not in shown:
-            assert time.monotonic() < deadline
-            try:
-                shown += os.read(ours, 4096)
-            except OSError:  # the other end is closed
-                break
-        assert what in shown
-        shown = shown.partition(what)[2]
-
-    try:
-        show(b"# ")
-        os.write(ours, b"stty size; tty; echo $TERM\n")
-        show(b"33 99\r\n/dev/pts/")
-        show(b"xterm\r\n")
-        os.write(ours, b"sleep 5432; echo cut $?\n")
-        wait_for("sleep", lambda: "5432" in crictl("exec", "-s", sleeper, "ps").stdout)
-        os.write(ours, b"\x03")
-        show(b"^C")
-        show(b"# ")
-        os.write(ours, b"exit 7\n")
-        assert process.wait(TIMEOUT_S) in (1, 7), "crictl's own is 1"
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
+def test_exec_with_a_terminal(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    with crictl.terminal("exec", "-it", sleeper, "sh", size=(33, 99)) as terminal:
+        terminal.expect("# ")
+        terminal.type("stty size; tty; echo $TERM\n")
+        terminal.expect("33 99\r\n/dev/pts/")
+        terminal.expect("xterm\r\n")
+        terminal.type("sleep 5432\n")
+        wait_for("sleep", lambda: "sleep 5432" in pod.exec(sleeper, "ps").stdout)
+        terminal.type("\x03")
+        terminal.expect("^C")
+        terminal.expect("# ")
+        terminal.type("exit 7\n")
+        assert terminal.process.wait(TIMEOUT_S) in (1, 7), "crictl's own is 1"
 
 
 def test_attach_joins_a_running_container(crictl: Crictl, pod: Pod) -> None:
@@ -130,8 +102,11 @@ def test_attach_joins_a_running_container(crictl: Crictl, pod: Pod) -> None:
 
 def test_attach_to_a_container_with_a_terminal(crictl: Crictl, pod: Pod) -> None:
     container = pod.start("terminal", "sh", stdin=True, stdin_once=True, tty=True)
-    result = crictl("attach", "-i", "-t", container, input="tty\nexit\n", check=False)
-    assert "/dev/pts/" in result.stdout.replace("\r", "")
+    with crictl.terminal("attach", "-it", container, size=(22, 77)) as terminal:
+        terminal.type("stty size\n")
+        terminal.expect("22 77")
+        terminal.type("exit\n")
+        terminal.process.wait(TIMEOUT_S)
     assert pod.wait_exited(container)["exitCode"] == 0
     crictl("rm", container)
 
@@ -147,9 +122,10 @@ def test_logs_are_kept_by_stream_and_followed(crictl: Crictl, pod: Pod, sleeper:
 
 
 def test_stats_are_the_guests(crictl: Crictl, pod: Pod) -> None:
-    script = "head -c 16m /dev/zero >/dev/shm/kept; n=0; while [ $n -lt 30000 ]; do n=$((n + 1)); done; cat"
+    work = "n=0; while [ $n -lt 30000 ]; do n=$((n + 1)); done"
+    script = f"head -c 16m /dev/zero >/dev/shm/kept; {work}; echo done; cat"
     container = pod.start("user", "sh", "-c", script, stdin=True)
-    wait_for("its work", lambda: "cat" in pod.exec(container, "ps").stdout)
+    wait_for("its work", lambda: crictl("logs", container).stdout)
     (stats,) = json.loads(crictl("stats", "--id", container, "-o", "json").stdout)["stats"]
     assert int(stats["memory"]["workingSetBytes"]["value"]) > 16 << 20
     assert int(stats["cpu"]["usageCoreNanoSeconds"]["value"]) > 50_000_000
@@ -182,12 +158,13 @@ def test_update_reaches_the_cgroup_in_the_guest(crictl: Crictl, pod: Pod) -> Non
 
 
 def test_a_container_has_its_grace_period(crictl: Crictl, pod: Pod) -> None:
-    polite = "trap 'echo asked; exit 7' TERM; while :; do sleep 0.1; done"
-    container = pod.start("polite", "sh", "-c", polite)
+    loop = "echo ready; while :; do sleep 0.1; done"
+    container = pod.start("polite", "sh", "-c", f"trap 'echo asked; exit 7' TERM; {loop}")
+    stubborn = pod.start("stubborn", "sh", "-c", f"trap '' TERM; {loop}")
+    wait_for("both to be ready", lambda: all(crictl("logs", c).stdout for c in (container, stubborn)))
     crictl("stop", "--timeout", "60", container)
     assert crictl.status(container)["exitCode"] == 7
-    assert crictl("logs", container).stdout == "asked\n"
-    stubborn = pod.start("stubborn", "sh", "-c", "trap '' TERM; while :; do sleep 0.1; done")
+    assert crictl("logs", container).stdout == "ready\nasked\n"
     started = time.monotonic()
     crictl("stop", "--timeout", "2", stubborn)
     assert crictl.status(stubborn)["exitCode"] == 137
