@@ -26,6 +26,8 @@ from private_containerd import REPO
 
 RESULTS = REPO / "bench-results"
 PARTS = ("runc", "agent", "first-byte", "memory")
+BUSY = 0.5
+"""Processes that want to run, per CPU, before the benchmark starts any."""
 QUICK_RUNS = 2
 QUICK_PODS = (3,)
 
@@ -76,6 +78,8 @@ def report(result: dict[str, Any]) -> str:
         f"{host['cpus']} CPUs, {host['accelerator']}, {host['qemu']}; medians of {result['runs']} runs; "
         f"machines of 256 MiB; load {load}"
     )
+    if host["load"][0] > host["cpus"] * BUSY:
+        parts[-1] += "\nThe host was busy with something else: ratios may do, times and MemAvailable do not."
     return "\n\n".join(parts)
 
 

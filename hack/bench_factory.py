@@ -383,7 +383,10 @@ def aims(result: Result) -> list[Aim]:
     )
     for key, text in (("pss_sum_per_pod_mib", "PSS"), ("available_per_pod_mib", "MemAvailable")):
         clones, booted = _level(ways.get("template", {}), key), _level(ways.get("direct", {}), key)
-        share = None if not clones or not booted else 100 * clones[1] / booted[1]
+        # Others who end meanwhile can give back more than the pods take.
+        share = None
+        if clones and booted and min(clones[1], booted[1]) > 0:
+            share = 100 * clones[1] / booted[1]
         text = f"{text} of a pod: " + (
             f"template, {clones[0]} pods / direct, {booted[0]}" if clones and booted else "template / direct"
         )

@@ -79,6 +79,19 @@ def test_memory_is_compared_at_the_most_pods_of_each_and_says_so(factory: dict[s
     assert available.met
 
 
+def test_memory_that_others_gave_back_meanwhile_is_no_measure(factory: dict[str, Any]) -> None:
+    factory["ways"]["template"]["memory"] = [level(1, 100, -40.0)]
+    pss, available = bench_factory.aims(factory)[-2:]
+    assert pss.found is not None
+    assert available.verdict == "not measured"
+
+
+def test_a_busy_host_is_told(factory: dict[str, Any]) -> None:
+    result = {"runs": 1, "host": HOST, "factory": factory}
+    assert "busy" not in bench.report(result)
+    assert "busy" in bench.report({**result, "host": {**HOST, "load": (4.0, 4.0, 4.0)}})
+
+
 def test_pods_that_do_not_fit_are_told_and_not_compared(factory: dict[str, Any]) -> None:
     factory["ways"]["direct"]["memory"].append({"pods": 30, "failure": "it would take 5000 MiB more"})
     assert "direct, 30 pods: it would take 5000 MiB more" in bench_factory.failures(factory)
