@@ -79,8 +79,11 @@ class Factory:
                 await vm.reseed_rng()
                 await vm.sync_time()
                 await vm.hypervisor.wait_plugged(config.agent.dial_timeout_s)
-                log.debug(
-                    "%s: machine after %.0f ms", type(self.base).__name__, 1000 * (clock() - started_at)
+                log.info(
+                    "the machine is from %s, after %.0f ms",
+                    type(self.base).__name__,
+                    1000 * (clock() - started_at),
+                    extra={"sandbox": vm_id},
                 )
             await _grow(vm, config)
         except BaseException:
