@@ -11,6 +11,7 @@ import mmap
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -659,7 +660,7 @@ def test_a_template_whose_clones_do_not_live_is_given_up(
         # For a minute pods boot: they would all wait for a template that may be like this one.
         factory = await handle(path, config)
         assert isinstance(factory.base, Direct)
-        assert "tried 0 s ago" in warnings()[-1] or "tried 1 s ago" in warnings()[-1]
+        assert re.match(r"no template can be made, the machine is booted: tried \d+ s ago: ", warnings()[-1])
         failed = path.with_name(f".{path.name}.failed")
         failed.write_text(json.dumps(json.loads(failed.read_text()) | {"at": time.time() - 61}))
         factory = await handle(path, config)
