@@ -21,6 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# gRPC would start threads of its own in the child of each fork, which end that child before it is QEMU.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+
 import grpc  # type: ignore[import-untyped]
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message

@@ -259,3 +259,23 @@ def test_what_only_looks_like_a_cached_machine_is_left_alone(run_vc: Path) -> No
     (run_vc / "vm/cache-of-mine").mkdir()
     assert asyncio.run(end_orphans()) == 0
     assert (run_vc / "vm/cache-of-mine").exists()
+
+
+def test_processes_start_beside_a_grpc_server(tmp_path: Path) -> None:
+    script = f"""
+import asyncio, subprocess
+from virtcontainers.factory import cache
+
+async def main():
+    server = cache.grpc.aio.server()
+    server.add_insecure_port("unix:{tmp_path}/socket")
+    await server.start()
+    for _ in range(100):
+        subprocess.run(["true"], preexec_fn=lambda: None, check=True)
+    await server.stop(0)
+
+asyncio.run(main())
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "GRPC_ENABLE_FORK_SUPPORT"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
