@@ -148,6 +148,11 @@ def _compare(earlier: host_state.HostState) -> None:
         pytest.fail(f"the host is not as it was before:\n{differences}", pytrace=False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
+    host_state.own_directories.add(tmp_path_factory.getbasetemp())
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _host_unchanged_by_module() -> Iterator[None]:
     """What a module shares between its tests is gone at its end."""

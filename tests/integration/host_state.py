@@ -17,6 +17,9 @@ from private_cri import BRIDGE_PREFIX
 own_ids = {f"-{os.getpid()}-"}
 """In the ids of all containers and pods of this test run: `harness.new_id`'s, and the CRI plugin's."""
 
+own_directories: set[Path] = set()
+"""Of this test run: a template in one of them is its own, too."""
+
 PER_POD = re.compile(
     r"/run/vc/(sbs|vm)/."
     r"|/run/kata-containers/shared/sandboxes/."
@@ -116,8 +119,11 @@ def _mounts() -> list[str]:
     mounts = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, right = line.split(" - ")
-        mounts.append(f"{right.split()[0]} on {left.split()[4]}")
-    return [mount for mount in mounts if _is_own(mount)]
+        point, (kind, source) = left.split()[4], right.split()[:2]
+        is_template = source == "kata-py-template" and not own_directories.isdisjoint(Path(point).parents)
+        if is_template or _is_own(point):
+            mounts.append(f"{kind} on {point}")
+    return mounts
 
 
 def _unix_sockets() -> set[str]:

@@ -109,15 +109,17 @@ def _misfit(base: FactoryBase, config: VMConfig) -> str:
     found = base.config
     if isinstance(base, Direct) or found == config:
         return ""
-    from virtcontainers.factory.fingerprint import differences, made_of
+    from virtcontainers.factory.fingerprint import differences, made_of, sharing
 
     hypervisor = replace(
         config.hypervisor,
         default_vcpus=found.hypervisor.default_vcpus,
         default_memory_mib=found.hypervisor.default_memory_mib,
     )
-    found_parts = made_of(found)
-    return "; ".join(map(str, differences(found_parts, made_of(VMConfig(hypervisor, config.agent)))))
+    misfits = differences(made_of(found), made_of(VMConfig(hypervisor, config.agent)))
+    if base.shares_already:
+        misfits += differences(sharing(found.hypervisor), sharing(hypervisor))
+    return "; ".join(map(str, misfits))
 
 
 async def new_factory(config: FactoryConfig, vm: VMConfig, *, fetch_only: bool) -> Factory:

@@ -29,6 +29,9 @@ class FactoryBase(ABC):
     outlives_us: bool = False
     """Its machines live on when this process dies."""
 
+    shares_already: bool = False
+    """Its machines come with their share: how they share files is no choice of the pod's any more."""
+
     @abstractmethod
     async def get_base_vm(
         self, vm_id: str, config: VMConfig, *, shared_path: Path | None, on_planned: OnPlanned

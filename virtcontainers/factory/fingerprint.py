@@ -116,6 +116,18 @@ def made_of(config: VMConfig) -> dict[str, str]:
     return parts
 
 
+def sharing(config: HypervisorConfig) -> dict[str, str]:
+    """What is no part of a template, but of a machine that shares files already: the words for virtiofsd and
+    its device."""
+    return {
+        "virtio_fs_daemon": str(config.virtio_fs_daemon),
+        "virtio_fs_cache": config.virtio_fs_cache,
+        "virtio_fs_cache_size": str(config.virtio_fs_cache_size_mib),
+        "virtio_fs_queue_size": str(config.virtio_fs_queue_size),
+        "virtio_fs_extra_args": " ".join(config.virtio_fs_extra_args),
+    }
+
+
 def _file(path: Path) -> str:
     try:
         found = path.stat()

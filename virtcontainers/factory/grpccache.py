@@ -42,6 +42,8 @@ class CacheMisfit(FailedPreconditionError):
 class GrpcCache(FactoryBase):
     """The machines of the server on `endpoint`."""
 
+    shares_already = True
+
     def __init__(self, endpoint: Path, config: VMConfig) -> None:
         """Use `fetch`."""
         self.endpoint = endpoint

@@ -283,6 +283,20 @@ def test_a_pod_for_which_it_can_not_is_booted(
     assert warning.startswith("it is booted, for the pod's machine is none of Unable's: ") and part in warning
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("virtio_fs_cache", "never"), ("virtio_fs_extra_args", ("--thread-pool-size=2",))]
+)
+def test_machines_that_share_files_already_are_none_for_a_pod_that_shares_otherwise(
+    vm_config: VMConfig, warnings: Warnings, key: str, value: object
+) -> None:
+    base = Unable(vm_config, UnavailableError("none left"))
+    base.shares_already = True
+    assert BOOTED in get_vm(Factory(base), changed(vm_config, **{key: value}))
+    assert f"{key}: found" in warnings()[0]
+    assert base.asked == []
+    assert get_vm(Factory(base), changed(vm_config, default_vcpus=3)) == "none left"
+
+
 def test_another_kernel_for_a_pod_is_booted(vm_config: VMConfig, tmp_path: Path, warnings: Warnings) -> None:
     kernel = tmp_path / "kernel"
     kernel.write_text("kernel")
