@@ -244,17 +244,26 @@ def make_mountpoint(source: Path, target: Path) -> None:
 def mounts_below(path: Path) -> list[Path]:
     """Mount points at or below `path`, in the order they were mounted; one entry per mount."""
     prefix = str(path).rstrip("/")
-    return [p for p in _mount_points() if str(p) == prefix or str(p).startswith(prefix + "/")]
+    return [p for p, _ in _mounts() if str(p) == prefix or str(p).startswith(prefix + "/")]
 
 
-def _mount_points() -> Iterator[Path]:
+def mounted_type(path: Path) -> str:
+    """The type of the file system that is mounted at `path`; "" when none is."""
+    resolved = path.resolve()
+    # The last that was mounted there hides the others.
+    return ([kind for mount_point, kind in _mounts() if mount_point == resolved] or [""])[-1]
+
+
+def _mounts() -> Iterator[tuple[Path, str]]:
+    """Mount points and types."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         # proc_pid_mountinfo(5): field 5, with space, tab, newline and backslash as octal escapes.
-        name = line.split(" ", 5)[4]
+        left, _, right = line.partition(" - ")
+        name = left.split(" ", 5)[4]
         if "\\" in name:
             for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
                 name = name.replace(code, char)
-        yield Path(name)
+        yield Path(name), right.split(" ", 1)[0]
 
 
 def unmount_below(path: Path) -> None:

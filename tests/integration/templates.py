@@ -72,8 +72,11 @@ def templates(directory: Path, settings: Settings) -> Iterator[Templates]:
 
     The path has a name that `host_unchanged` knows for ours.
     """
-    path = directory / new_id("vc") / "template"
-    path.parent.mkdir()
+    folder = directory / f"f\u00fcr {new_id('templates')}"
+    folder.mkdir()
+    # The kernel writes this path otherwise than the configuration does.
+    path = directory / f"link-{folder.name}" / "template"
+    path.parent.symlink_to(folder)
     merged = {section: dict(values) for section, values in settings.items()}
     factory = {"enable_template": True, "template_path": str(path)}
     merged["factory"] = factory | merged.get("factory", {})

@@ -300,7 +300,8 @@ async def _destroy(path: Path) -> bool:
                 _remove_build_folders(entry)
             else:
                 entry.unlink()
-        mount.unmount_below(path)
+        # Below a link, /var/run for one, the kernel has the mount under another name.
+        mount.unmount_below(path.resolve())
         path.rmdir()
     except OSError as error:
         raise KataError(f"{path}: {error}") from error
@@ -504,9 +505,10 @@ def _mount_tmpfs(path: Path, memory_bytes: int) -> None:
             )
         options = f"size={memory_bytes + _ROOM_BYTES},mode=0700"
         mount.mount("kata-py-template", path, "tmpfs", _MOUNT_FLAGS, options)
-    if (kind := _file_system_type(path)) != "tmpfs":
+    if (kind := mount.mounted_type(path)) != "tmpfs":
         raise FailedPreconditionError(
-            f"template_path {path} is on {kind}, expected tmpfs: clones would read their memory from a disk"
+            f"template_path {path} is on {kind or 'a part of another file system'}, expected tmpfs: clones "
+            "would read their memory from a disk"
         )
     _check_folder(path)
     found = os.statvfs(path)
@@ -514,14 +516,6 @@ def _mount_tmpfs(path: Path, memory_bytes: int) -> None:
     if found.f_bavail * found.f_frsize < memory_bytes + _ROOM_BYTES:
         options = f"size={used + memory_bytes + _ROOM_BYTES},mode=0700"
         mount.mount("", path, "", mount.MS_REMOUNT | _MOUNT_FLAGS, options)
-
-
-def _file_system_type(path: Path) -> str:
-    # The last that was mounted there hides the others.
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    fields = [line.split() for line in lines]
-    kinds = [line[line.index("-") + 1] for line in fields if line[4] == str(path.resolve())]
-    return kinds[-1] if kinds else "a part of another file system"
 
 
 def _write(path: Path, text: str) -> None:
