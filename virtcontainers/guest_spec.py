@@ -48,12 +48,25 @@ def guest_spec(
 
 
 def _constrain_resources(resources: dict[str, Any]) -> None:
-    # Devices and disks have other numbers in the guest, and CPUs and NUMA nodes other names.
+    # Devices and disks have other numbers in the guest, and CPUs and NUMA nodes other names. That all devices
+    # are allowed means the same there, of the machine's.
+    allows_all_devices = _allows_all_devices(resources.get("devices", []))
     for key in ("devices", "blockIO", "network", "rdma"):
         resources.pop(key, None)
+    if allows_all_devices:
+        resources["devices"] = [{"allow": True, "type": "a", "access": "rwm"}]
     cpu = resources.get("cpu", {})
     for key in ("cpus", "mems"):
         cpu.pop(key, None)
+
+
+def _allows_all_devices(rules: list[dict[str, Any]]) -> bool:
+    """Whether the last rule for every device, of runtime-spec's `linux.resources.devices`, allows it."""
+    for rule in reversed(rules):
+        everything = rule.get("type", "a") == "a" and rule.get("major", -1) == rule.get("minor", -1) == -1
+        if everything and set("rwm") <= set(rule.get("access", "")):
+            return bool(rule["allow"])
+    return False
 
 
 def _constrain_namespaces(linux: dict[str, Any]) -> bool:

@@ -8,6 +8,9 @@ from typing import Any
 
 Spec = dict[str, Any]
 
+_DENY_ALL_DEVICES = {"allow": False, "access": "rwm"}
+_TUN = {"allow": True, "type": "c", "major": 10, "minor": 200, "access": "rwm"}
+
 _HOOKS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
 
 
@@ -45,12 +48,27 @@ def guest_spec(
     linux = {k: v for k, v in spec.get("linux", {}).items() if k not in ("mountLabel", "intelRdt")}
     linux["cgroupsPath"] = cgroup_path
     linux["namespaces"] = _namespaces(linux.get("namespaces") or [], namespaces)
+    linux["resources"] = {**linux.get("resources", {}), "devices": _device_rules(linux)}
     guest["linux"] = linux
     if hooks:
         own = spec.get("hooks") or {}
         merged = {name: [*own.get(name, []), *hooks.get(name, [])] for name in _HOOKS}
         guest["hooks"] = {name: entries for name, entries in merged.items() if entries}
     return guest
+
+
+def _device_rules(linux: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the container may open: its own devices, what crun adds (null, zero, terminals...), and tun, as
+    with Kata's agent. Everything only where the host's spec says so: CAP_MKNOD is an ordinary capability."""
+    rules = (linux.get("resources") or {}).get("devices") or []
+    if any(rule.get("allow") and rule.get("type", "a") == "a" for rule in rules):
+        return [{"allow": True, "access": "rwm"}]
+    own = [
+        {"allow": True, "type": kind, "major": entry["major"], "minor": entry["minor"], "access": "rwm"}
+        for entry in linux.get("devices") or []
+        if (kind := "c" if entry["type"] == "u" else entry["type"]) in ("b", "c")
+    ]
+    return [_DENY_ALL_DEVICES, _TUN, *own]
 
 
 def _namespaces(wanted: list[dict[str, str]], guest: GuestNamespaces) -> list[dict[str, str]]:

@@ -70,6 +70,21 @@ def test_a_shared_pid_namespace_is_joined() -> None:
     assert namespaces(guest)["pid"] == "/proc/7/ns/pid"
 
 
+def test_a_container_opens_its_own_devices_unless_all_are_its() -> None:
+    def rules(**linux: Any) -> Any:
+        spec = host_spec()
+        spec["linux"] |= linux
+        return guest_spec(spec, cgroup_path="/c", namespaces=NAMESPACES)["linux"]["resources"]["devices"]
+
+    disk = {"path": "/dev/xvda", "type": "b", "major": 254, "minor": 16}
+    given = rules(devices=[disk, {"path": "/run/fifo", "type": "p", "major": 0, "minor": 0}])
+    assert given[0] == {"allow": False, "access": "rwm"}
+    assert {"allow": True, "type": "b", "major": 254, "minor": 16, "access": "rwm"} in given
+    assert "p" not in [rule.get("type") for rule in given]
+    everything = {"allow": True, "type": "a", "access": "rwm"}
+    assert rules(devices=[disk], resources={"devices": [everything]}) == [{"allow": True, "access": "rwm"}]
+
+
 @pytest.mark.parametrize("missing", ["process", "root"])
 def test_a_spec_that_cannot_run_is_refused(missing: str) -> None:
     spec = host_spec()

@@ -69,6 +69,17 @@ def test_limits_stay_and_host_numbered_resources_go() -> None:
     }
 
 
+def test_all_devices_of_the_host_become_all_of_the_machine() -> None:
+    def devices(*rules: dict[str, Any]) -> Any:
+        return convert(spec(resources={"devices": list(rules)}))[0]["linux"]["resources"].get("devices")
+
+    nothing, everything = ({"allow": allow, "access": "rwm"} for allow in (False, True))
+    one = {"allow": True, "type": "c", "major": 1, "minor": 3, "access": "rwm"}
+    assert devices(nothing, one) is None
+    assert devices(everything, nothing) is None
+    assert devices(nothing, everything, one) == [{"allow": True, "type": "a", "access": "rwm"}]
+
+
 @pytest.mark.parametrize(("path", "shared"), [(None, False), ("/proc/42/ns/pid", True)])
 def test_pid_namespace_to_join_means_the_sandboxes(path: str | None, shared: bool) -> None:
     pid = {"type": "pid"} | ({"path": path} if path else {})
