@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from virtcontainers import cleanup, persist
 from virtcontainers.agent import KataAgent
-from virtcontainers.config import ContainerConfig, SandboxConfig, SharedFS
+from virtcontainers.config import RUN_VC, ContainerConfig, SandboxConfig, SharedFS
 from virtcontainers.container import Container, ContainerState
 from virtcontainers.errors import (
     AlreadyExistsError,
@@ -22,7 +22,7 @@ from virtcontainers.errors import (
     UnimplementedError,
 )
 from virtcontainers.fs_share import FilesystemShare
-from virtcontainers.hypervisor.base import HypervisorError
+from virtcontainers.hypervisor.base import HypervisorError, vm_dir
 from virtcontainers.resource_control import PodCgroups, parse_cpus, pin_thread
 from virtcontainers.resources import cpuset, wanted_memory_mib, wanted_vcpus
 from virtcontainers.vm import VM, VMConfig
@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 """As containerd's identifiers: ids become names of files."""
+
+_FACTORYS = re.compile(r"template|(?:template|cache)-[0-9a-f]{12}")
+"""In the folder of the pods' machines these are the factory's: its template, and its own machines."""
 
 _DESTROY_TIMEOUT_S = 10.0
 _DEATH_TIMEOUT_S = 1.0
@@ -49,6 +52,10 @@ async def create_sandbox(config: SandboxConfig, factory: Factory, *, prestart: H
     all is undone: nothing of the pod is left on the host. Raises KataError's classes.
     """
     _check_id("sandbox", config.id)
+    if _FACTORYS.fullmatch(config.id) or vm_dir(RUN_VC, config.id) == config.factory.template_path:
+        raise InvalidArgumentError(
+            f"sandbox id {config.id!r}: found a name of the VM factory's in {RUN_VC / 'vm'}, expected another"
+        )
     if config.hypervisor.shared_fs is SharedFS.NONE:
         raise InvalidArgumentError(
             'shared_fs = "none" in [hypervisor.qemu]: a container\'s root reaches the guest through a share, '
