@@ -201,6 +201,26 @@ def test_a_clone_that_is_killed_leaves_the_template(
         assert is_clone(f"{container_id}-next")
 
 
+@only_9p
+def test_a_clone_that_is_killed_before_its_agent_answers_leaves_the_template(
+    ctr: Ctr, container_id: str, template: Templates, unchanged: None, log: Log
+) -> None:
+    with subprocess.Popen(
+        ctr.run_command(container_id, "echo", "works", options=("--rm", *template.options)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+    ) as running:
+        wait_for("the clone", lambda: log.count("QEMU (pid "))
+        for pid in processes_of(container_id, "qemu-system"):
+            os.kill(pid, signal.SIGKILL)
+        # It is booted then.
+        assert running.communicate(timeout=TIMEOUT_S)[0] == b"works\n"
+    (warning,) = log.warnings()
+    assert warning.startswith("no machine from Template: the machine ended before its agent answered: qemu")
+    with ctr.detached(f"{container_id}-next", "sleep", "1000", options=template.options):
+        assert is_clone(f"{container_id}-next")
+
+
 def run_many(ctr: Ctr, container_id: str, options: tuple[str, ...], number: int = 20) -> None:
     """So many `ctr run` at once, of which each must do what one alone does, and know a uuid of its own."""
     with concurrent.futures.ThreadPoolExecutor(number) as pool:

@@ -74,6 +74,8 @@ class Factory:
                 try:
                     await vm.connect(config.agent.dial_timeout_s)
                 except HypervisorError as error:
+                    if vm.hypervisor.was_killed:
+                        raise
                     raise RestoreFailed(str(error)) from error
                 # Before anything else is asked of it: what it knows, other copies know.
                 await vm.reseed_rng()

@@ -131,6 +131,12 @@ class Hypervisor(ABC):
 
     @property
     @abstractmethod
+    def was_killed(self) -> bool:
+        """Somebody, or the kernel that was out of memory, has killed QEMU or a daemon: the guest is not to
+        blame."""
+
+    @property
+    @abstractmethod
     def agent_address(self) -> AgentAddress:
         """Where the guest's agent can be dialled; valid from CREATED on."""
 

@@ -35,6 +35,8 @@ class MachineProcess:
         self.pid = pid
         self.ended_well = False
         """It exited with status 0, as a daemon does whose QEMU has gone; or nobody knows how it ended."""
+        self.was_killed = False
+        """By SIGKILL: what it ran has not brought that about itself."""
         self._process = process
         loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[str] = loop.create_future()
@@ -115,6 +117,7 @@ class MachineProcess:
             os.killpg(self.pid, signal.SIGKILL)
         status = self._process.wait()
         self.ended_well = status == 0
+        self.was_killed = status == -signal.SIGKILL
         how = f"exited with status {status}" if status >= 0 else f"was killed by {_signal_name(-status)}"
         self._ended.set_result(f"{self.name} (pid {self.pid}) {how}")
 

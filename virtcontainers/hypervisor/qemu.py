@@ -245,7 +245,8 @@ class Qemu(Hypervisor):
                 # It ends by itself when it cannot make anything of the state.
                 async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
                     await self._qemu.wait()
-            raise RestoreFailed(with_tail(str(error), self._qemu.log)) from error
+            kind = HypervisorError if self.was_killed else RestoreFailed
+            raise kind(with_tail(str(error), self._qemu.log)) from error
 
     @property
     def _copies_memory(self) -> bool:
@@ -592,6 +593,11 @@ class Qemu(Hypervisor):
                 dead = self._qemu
         reason = await dead.wait_with_tail()
         return self.with_console_tail(reason) if dead is self._qemu else reason
+
+    @property
+    def was_killed(self) -> bool:
+        processes = [self._qemu, *self._daemons] if self._qemu else self._daemons
+        return any(process.was_killed for process in processes)
 
     def with_console_tail(self, message: str) -> str:
         """`message`, and below it what the guest said last on its console."""
