@@ -543,8 +543,11 @@ def _note_failure(
         if reason is None:
             failed.unlink(missing_ok=True)
             return
+        # One that was replaced or removed meanwhile concerns nobody any more.
+        if of is not None and (path / "current").readlink().name != of.directory.name:
+            return
         _write(failed, json.dumps({"at": time.time(), "made_of": parts, "reason": reason}))
-        if of is not None and (path / "current").readlink().name == of.directory.name:
+        if of is not None:
             (path / "current").unlink()
 
 

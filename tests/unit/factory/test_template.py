@@ -255,6 +255,18 @@ def test_who_gives_up_an_old_template_leaves_the_new_one(
     write_template(path, "two")
     old.reject("QEMU does not like it")
     assert Template.fetch(path, vm_config).info.directory.name == "two"
+    assert not path.with_name(".template.failed").exists()
+
+
+def test_who_gives_up_a_template_that_was_destroyed_leaves_nothing(
+    path: Path, vm_config: VMConfig, write_template: Any
+) -> None:
+    """Its clone was just starting: no wonder that it did not. The next pod may make a new one at once."""
+    write_template(path)
+    old = Template.fetch(path, vm_config)
+    asyncio.run(destroy(path))
+    old.reject("there is no state")
+    assert list(path.parent.iterdir()) == []
 
 
 # -- locks
