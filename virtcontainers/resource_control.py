@@ -14,7 +14,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -244,7 +244,12 @@ class PodCgroups:
         self.sandbox.create()
         if self.overhead is not None:
             self.overhead.create()
-        (self.overhead or self.sandbox).add_process(os.getpid())
+        self.add_processes([os.getpid()])
+
+    def add_processes(self, pids: Iterable[int]) -> None:
+        """Put those there, too, that this process has not started. Raises KataError."""
+        for pid in pids:
+            (self.overhead or self.sandbox).add_process(pid)
 
     def constrain(self, vcpu_threads: list[int]) -> None:
         """The threads that run the guest go where the pod's limits are."""

@@ -23,6 +23,7 @@ from virtcontainers.errors import (
 )
 from virtcontainers.fs_share import FilesystemShare
 from virtcontainers.hypervisor.base import HypervisorError, vm_dir
+from virtcontainers.hypervisor.process import find_processes
 from virtcontainers.resource_control import PodCgroups, parse_cpus, pin_thread
 from virtcontainers.resources import cpuset, wanted_memory_mib, wanted_vcpus
 from virtcontainers.vm import VM, VMConfig
@@ -200,6 +201,9 @@ class Sandbox:
             on_planned=on_planned,
         )
         self.agent = KataAgent(self._vm.agent)
+        if self._vm.id != self.id:
+            # The cache's server has started it, in a cgroup of its own.
+            self._cgroups.add_processes(find_processes(self._vm.hypervisor.directory))
 
     async def create_container(self, config: ContainerConfig) -> Container:
         """Add a container: to the list, then the machine is fitted to the list, then the agent creates it.

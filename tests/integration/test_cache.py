@@ -458,6 +458,34 @@ def test_a_pod_runs_in_a_cached_machine(
     asyncio.run(body())
 
 
+@pytest.mark.parametrize("sandbox_cgroup_only", [True, False])
+def test_a_cached_machine_is_held_to_its_pods_cgroups(
+    tmp_path: Path, guest_image: Path, endpoint: Path, sandbox_cgroup_only: bool
+) -> None:
+    """Its processes were born in those of the server."""
+    id_ = new_id("pod")
+    given = sandbox_config(tmp_path / id_, guest_image, id_, spec("true"))
+    given = replace(given, sandbox_cgroup_only=sandbox_cgroup_only)
+    config = VMConfig(given.hypervisor, given.agent)
+
+    async def body() -> None:
+        async with serving(endpoint, Direct(config), config) as serving_:
+            await serving_.filled()
+            sandbox = await create_sandbox(given, Factory(await GrpcCache.fetch(endpoint, config)))
+            try:
+                vm = sandbox._vm
+                assert vm is not None and MACHINE_ID.fullmatch(vm.id)
+                of_pod, *overhead = sandbox._cgroups.paths
+                for pid in find_processes(vm.hypervisor.directory):
+                    assert (overhead or [of_pod])[0] in Path(f"/proc/{pid}/cgroup").read_text()
+                for thread in vm.hypervisor.get_thread_ids().values():
+                    assert of_pod in Path(f"/proc/{thread}/cgroup").read_text()
+            finally:
+                await sandbox.delete()
+
+    asyncio.run(body())
+
+
 def test_a_template_that_is_gone_is_made_anew_for_the_next_machine(endpoint: Path, config: VMConfig) -> None:
     async def body() -> None:
         async with template_of(config) as template, serving(endpoint, template, config) as serving_:
