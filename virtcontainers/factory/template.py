@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 
 _LOCK_POLL_S = 0.02
 _LOCK_TIMEOUT_S = 60.0
+_OTHERS_SAVE_S = 15.0
+"""For what another builder does when its machine has booted. The kubelet gives a pod 120 s, and one that has
+waited in vain is still to be booted."""
 _FAILURE_KEPT_S = 60.0
 """For so long nobody tries again what has failed: each of many pods would wait for it to fail once more."""
 _SQUEEZE_TIMEOUT_S = 30.0
@@ -195,7 +198,7 @@ class Template(FactoryBase):
         """
         asked_at = time.time()
         parts = made_of(config)
-        async with _builders_lock(path, config.agent.dial_timeout_s + _LOCK_TIMEOUT_S, on_progress):
+        async with _builders_lock(path, config.agent.dial_timeout_s + _OTHERS_SAVE_S, on_progress):
             if not force:
                 with suppress(KataError, OSError):
                     taken = cls.fetch(path, config)
