@@ -216,7 +216,7 @@ def test_a_clone_that_is_killed_before_its_agent_answers_leaves_the_template(
         # It is booted then.
         assert running.communicate(timeout=TIMEOUT_S)[0] == b"works\n"
     (warning,) = log.warnings()
-    assert warning.startswith("no machine from Template: the machine ended before its agent answered: qemu")
+    assert warning.startswith("no machine from Template: ")
     with ctr.detached(f"{container_id}-next", "sleep", "1000", options=template.options):
         assert is_clone(f"{container_id}-next")
 
