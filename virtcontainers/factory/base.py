@@ -30,7 +30,7 @@ class FactoryBase(ABC):
     """Its machines live on when this process dies."""
 
     shares_already: bool = False
-    """Its machines come with their share: how they share files is no choice of the pod's any more."""
+    """Its machines run and come with their share: how is no choice of the pod's any more."""
 
     @abstractmethod
     async def get_base_vm(

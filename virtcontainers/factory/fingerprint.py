@@ -117,9 +117,12 @@ def made_of(config: VMConfig) -> dict[str, str]:
 
 
 def sharing(config: HypervisorConfig) -> dict[str, str]:
-    """What is no part of a template, but of a machine that shares files already: the words for virtiofsd and
-    its device."""
+    """What is no part of a template, but of a machine that runs and shares files already: the words for
+    virtiofsd and its device, and how it has its memory and gets more."""
     return {
+        "enable_mem_prealloc": str(config.enable_mem_prealloc),
+        "enable_hugepages": str(config.enable_hugepages),
+        "enable_virtio_mem": str(config.enable_virtio_mem),
         "virtio_fs_daemon": str(config.virtio_fs_daemon),
         "virtio_fs_cache": config.virtio_fs_cache,
         "virtio_fs_cache_size": str(config.virtio_fs_cache_size_mib),

@@ -284,9 +284,16 @@ def test_a_pod_for_which_it_can_not_is_booted(
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("virtio_fs_cache", "never"), ("virtio_fs_extra_args", ("--thread-pool-size=2",))]
+    ("key", "value"),
+    [
+        ("virtio_fs_cache", "never"),
+        ("virtio_fs_extra_args", ("--thread-pool-size=2",)),
+        ("enable_mem_prealloc", True),
+        ("enable_hugepages", True),
+        ("enable_virtio_mem", True),
+    ],
 )
-def test_machines_that_share_files_already_are_none_for_a_pod_that_shares_otherwise(
+def test_machines_that_run_already_are_none_for_a_pod_that_wants_them_started_otherwise(
     vm_config: VMConfig, warnings: Warnings, key: str, value: object
 ) -> None:
     base = Unable(vm_config, UnavailableError("none left"))
