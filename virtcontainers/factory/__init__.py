@@ -21,6 +21,8 @@ from virtcontainers.vm import VM, VMConfig
 
 log = logging.getLogger(__name__)
 
+_LEAST_TIMEOUT_S = 1.0
+
 __all__ = ["Factory", "FactoryBase", "OnPlanned", "new_factory"]
 
 
@@ -67,12 +69,17 @@ class Factory:
     ) -> VM:
         clock = asyncio.get_running_loop().time
         started_at = clock()
+
+        def left_s() -> float:
+            # One dial_timeout for all of it: a pod whose clone hangs is to be booted in time.
+            return max(_LEAST_TIMEOUT_S, started_at + config.agent.dial_timeout_s - clock())
+
         vm = await self.base.get_base_vm(vm_id, config, shared_path=shared_path, on_planned=on_planned)
         try:
             if vm.hypervisor.state is VMState.PAUSED:
                 await vm.resume()
                 try:
-                    await vm.connect(config.agent.dial_timeout_s)
+                    await vm.connect(left_s())
                 except HypervisorError as error:
                     if vm.hypervisor.was_killed:
                         raise
@@ -80,7 +87,7 @@ class Factory:
                 # Before anything else is asked of it: what it knows, other copies know.
                 await vm.reseed_rng()
                 await vm.sync_time()
-                await vm.hypervisor.wait_plugged(config.agent.dial_timeout_s)
+                await vm.hypervisor.wait_plugged(left_s())
                 log.info(
                     "the machine is from %s, after %.0f ms",
                     type(self.base).__name__,

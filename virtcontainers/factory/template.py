@@ -256,6 +256,8 @@ class Template(FactoryBase):
             except FileNotFoundError:
                 self.info = Template.fetch(self.path, self.config).info
                 continue
+            except OSError as error:
+                raise KataError(f"the template {self.info.directory}: {error.strerror}") from error
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH)
                 # Between the look and the lock it may have been removed.
