@@ -231,6 +231,11 @@ class Container:
             with open(path, "w") as file:
                 json.dump(process, file)
             started = await self._launch(["exec", "--detach", f"--process={path}"], process)
+        except StatusError as error:
+            # crun says what it stumbled over in a container whose first process has just been killed.
+            if _has_left(self.init.pid):
+                raise StatusError(Code.FAILED_PRECONDITION, f"container {self.id} ends: {error}") from error
+            raise
         finally:
             os.unlink(path)
         if old is not None:
@@ -335,6 +340,15 @@ class Container:
             self.cgroup.remove()
         _remove_tree(f"{self._crun.root}/{self.id}")
         _remove_tree(self.bundle)
+
+
+def _has_left(pid: int) -> bool:
+    """Whether the process has given its namespaces up: it ends, though nobody may have waited for it yet."""
+    try:
+        os.readlink(f"/proc/{pid}/ns/mnt")
+    except OSError:
+        return True
+    return False
 
 
 def _handles(pid: int, number: int) -> bool:

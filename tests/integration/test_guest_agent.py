@@ -158,6 +158,8 @@ class Agent:
             ],
             "linux": {
                 "cgroupsPath": "/host/path",
+                # Any other rule is an eBPF program, which needs more of root than a host may have.
+                "resources": {"devices": [{"allow": True, "type": "a", "access": "rwm"}]},
                 "namespaces": [{"type": "mount"}, {"type": "uts"}, {"type": "ipc"}],
                 "maskedPaths": ["/proc/kcore"],
                 "readonlyPaths": ["/proc/sys"],
