@@ -85,20 +85,13 @@ def with_share(config: VMConfig, kind: SharedFS) -> VMConfig:
 def templates(
     config: VMConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[SharedFS, Template]]:
-    """Made when asked for."""
-    paths: list[Path] = []
-
-    class Templates(dict[SharedFS, Template]):
-        def __missing__(self, kind: SharedFS) -> Template:
-            wanted = with_share(config, kind)
-            paths.append(tmp_path_factory.mktemp("vc") / "template")
-            self[kind] = asyncio.run(Template.new(paths[-1], wanted))
-            return self[kind]
-
-    made = Templates()
-    yield made
-    for path in paths:
-        asyncio.run(destroy(path))
+    """Made before the first test's look at the host, which would take them for left behind."""
+    paths = {kind: tmp_path_factory.mktemp("vc") / "template" for kind in SHARES}
+    try:
+        yield {kind: asyncio.run(Template.new(paths[kind], with_share(config, kind))) for kind in SHARES}
+    finally:
+        for path in paths.values():
+            asyncio.run(destroy(path))
 
 
 @pytest.fixture
