@@ -21,8 +21,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
-_SYN_STREAM, _RST_STREAM, _PING, _GOAWAY = 1, 3, 6, 7
+_SYN_STREAM, _SYN_REPLY, _RST_STREAM, _PING, _GOAWAY = 1, 2, 3, 6, 7
 _FIN = 1
+_END = (0, b"", True)
+_NOTHING = (0, b"", False)
 _PROTOCOL = "v4.channel.k8s.io"
 
 
@@ -57,6 +59,9 @@ class _Spdy:
         self._received = stack.enter_context(self.socket.makefile("rb"))
         self._compressor = zlib.compressobj()
         self._next_id = 1
+        self._accepted: set[int] = set()
+        self._early: list[tuple[int, bytes, bool]] = []
+        """Received while streams were being opened."""
         request = (
             f"POST {parts.path}?{parts.query} HTTP/1.1",
             f"Host: {parts.netloc}",
@@ -82,30 +87,45 @@ class _Spdy:
         # compresses with it, the headers of its answers, is not read.
         block = self._compressor.compress(headers) + self._compressor.flush(zlib.Z_SYNC_FLUSH)
         self._control(_SYN_STREAM, struct.pack(">IIBB", stream, 0, 0, 0) + block)
+        # The server would lose what comes for a stream that it does not know yet.
+        while stream not in self._accepted:
+            self._early.append(self._receive())
+            if self._early[-1] == _END:
+                raise StreamingError(f"the connection ended before {kind} was accepted")
         return stream
 
     def send(self, stream: int, data: bytes, *, end: bool = False) -> None:
         self.socket.sendall(struct.pack(">II", stream, (_FIN if end else 0) << 24 | len(data)) + data)
 
     def receive(self) -> tuple[int, bytes, bool]:
-        """The next data: stream, bytes, whether it was the last; stream 0 at the end of the connection."""
-        while len(head := self._received.read(8)) == 8:
-            first, second = struct.unpack(">II", head)
-            flags, length = second >> 24, second & 0xFFFFFF
-            body = self._received.read(length)
-            if not first & 0x80000000:
-                return first, body, bool(flags & _FIN)
-            kind = first & 0xFFFF
-            if kind == _PING:
-                self._control(_PING, body)
-            elif kind == _RST_STREAM:
-                return struct.unpack(">I", body[:4])[0], b"", True
-            elif kind == _GOAWAY:
-                break
-        return 0, b"", True
+        """The next frame: stream, bytes, whether they were its last; `_NOTHING` when there was no data in it,
+        `_END` at the end of the connection."""
+        return self._early.pop(0) if self._early else self._receive()
+
+    def _receive(self) -> tuple[int, bytes, bool]:
+        head = self._received.read(8)
+        if len(head) < 8:
+            return _END
+        first, second = struct.unpack(">II", head)
+        flags, length = second >> 24, second & 0xFFFFFF
+        body = self._received.read(length)
+        if not first & 0x80000000:
+            return first, body, bool(flags & _FIN)
+        kind = first & 0xFFFF
+        if kind == _GOAWAY:
+            return _END
+        if kind == _RST_STREAM:
+            return struct.unpack(">I", body[:4])[0], b"", True
+        if kind == _SYN_REPLY:
+            self._accepted.add(struct.unpack(">I", body[:4])[0])
+        elif kind == _PING:
+            self._control(_PING, body)
+        return _NOTHING
 
     def is_ready(self) -> bool:
-        """Something is in the buffer, where select(2) does not see it."""
+        """Something has been read already, where select(2) does not see it."""
+        if self._early:
+            return True
         self.socket.setblocking(False)
         try:
             return bool(self._received.peek(1))
@@ -132,7 +152,7 @@ def _pump(connection: _Spdy, error: int, stdin: int, outputs: dict[int, int]) ->
                 sources = [connection.socket]
         if connection.socket in readable or connection.is_ready():
             stream, data, ended = connection.receive()
-            if not stream:
+            if (stream, data, ended) == _END:
                 break
             if stream == error:
                 message += data

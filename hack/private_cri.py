@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,11 +123,11 @@ def containerd_imports(major: int) -> str:
 
 
 def crictl_command(address: Path, *arguments: str) -> list[str]:
-    """crictl, else what has its commands here."""
-    crictl = CACHE / "bin/crictl"
-    installed = [path for path in (crictl, Path("/usr/bin/crictl")) if path.exists()]
+    """crictl, as setup.sh found it, else what has its commands here."""
+    installed = CACHE / "bin/crictl"
+    crictl = str(installed) if installed.exists() else shutil.which("crictl")
     client = [str(REPO / ".venv/bin/python"), str(REPO / "hack/cri_client.py")]
-    program = [str(installed[0])] if installed else client
+    program = [crictl] if crictl else client
     endpoint = f"unix://{address}"
     options = ["--runtime-endpoint", endpoint, "--image-endpoint", endpoint, "--timeout", "180s"]
     return [*program, *options, *arguments]

@@ -53,6 +53,9 @@ DRAIN_IDLE_S = 2.0
 NOTICED_S = 5.0
 """After the machine's end: for the processes' own ends to be noticed."""
 
+CAUSE_S = 1.0
+"""How long an exit that a broken connection makes up waits until it is known what has broken."""
+
 EXECS_END_S = 5.0
 """How long an init's exit waits for those of its execs, which the guest has killed."""
 
@@ -317,6 +320,8 @@ class Pod:
         except KataError as error:
             log.warning("lost sight of process %s: %s", task.id, error, extra={"container": container.id})
             status = KILLED
+            # Its watcher says why the machine has ended; the teardown that follows would end it first.
+            await asyncio.wait(self._watchers, timeout=CAUSE_S)
         await self._end(container, task, status)
 
     async def _end(

@@ -102,6 +102,8 @@ def _cri_instance(suite: str, directory: Path) -> Iterator[Crictl]:
     factory = {"enable_template": True, "template_path": str(directory / "template")}
     instance = _start(suite, directory, settings={"factory": factory}, cri=True)
     try:
+        # Now, and not while somebody looks at what a test leaves behind.
+        instance.kata_py("factory", "init")
         yield Crictl(instance, directory)
         bridge = Path("/sys/class/net", instance.network.bridge)
         assert not list((bridge / "brif").iterdir()), "no pod is left on the bridge"

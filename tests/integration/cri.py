@@ -78,9 +78,7 @@ class Crictl:
             timeout=TIMEOUT_S,
         )
         if check:
-            assert found.returncode == 0, (
-                f"crictl {' '.join(arguments)}: {found.stderr}{self.containerd.log_tail()}"
-            )
+            assert found.returncode == 0, f"crictl {' '.join(arguments)}: {found.stderr}"
         return Result(found.returncode, found.stdout, found.stderr)
 
     @contextlib.contextmanager
