@@ -1,0 +1,280 @@
+"""A Kubernetes pod through containerd's CRI plugin: crictl's commands, as a person uses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+from cri import POD, Crictl, Pod
+from harness import TIMEOUT_S, processes_of, wait_for
+
+SLEEP = ("sleep", "100000")
+
+
+@pytest.fixture(scope="module")
+def pod(crictl: Crictl) -> Iterator[Pod]:
+    with crictl.pod("pod") as pod:
+        yield pod
+
+
+@pytest.fixture(scope="module")
+def sleeper(pod: Pod) -> str:
+    """A container that does nothing."""
+    return pod.start("sleeper", "sh", "-c", "echo out; echo err >&2; exec sleep 100000")
+
+
+def test_a_container_is_created_started_stopped_and_removed(crictl: Crictl, pod: Pod) -> None:
+    container = pod.create("life", *SLEEP)
+    assert crictl.status(container)["state"] == "CONTAINER_CREATED"
+    crictl("start", container)
+    assert crictl.status(container)["state"] == "CONTAINER_RUNNING"
+    refused = crictl("rm", container, check=False)
+    assert refused.returncode != 0
+    assert "running" in refused.stderr
+    crictl("stop", "--timeout", "0", container)
+    status = crictl.status(container)
+    assert (status["state"], status["exitCode"]) == ("CONTAINER_EXITED", 137)
+    crictl("rm", container)
+    assert container not in crictl("ps", "--all", "--quiet").stdout
+
+
+def test_a_container_that_ends_by_itself_is_seen(crictl: Crictl, pod: Pod) -> None:
+    container = pod.start("ends", "sh", "-c", "exit 3")
+    status = pod.wait_exited(container)
+    assert (status["exitCode"], status["reason"]) == (3, "Error")
+    crictl("rm", container)
+
+
+def test_inspect_and_lists_show_what_there_is(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    found = crictl.inspectp(pod.id)
+    assert found["status"]["state"] == "SANDBOX_READY"
+    assert found["info"]["runtimeType"] == "io.containerd.kata-py.v2"
+    # Nothing of the pod but the machine is on the host.
+    assert processes_of(pod.id, "qemu-system") == [found["info"]["pid"]]
+    assert crictl.inspect(sleeper)["info"]["pid"] == found["info"]["pid"]
+    assert re.search(rf"{pod.id[:13]} .* Ready +{pod.name} ", crictl("pods").stdout)
+    assert re.search(rf"{sleeper[:13]} .* Running +sleeper ", crictl("ps").stdout)
+
+
+def test_exec_sync_gives_output_and_status(pod: Pod, sleeper: str) -> None:
+    result = pod.exec(sleeper, "sh", "-c", "echo one; echo two >&2; exit 3", check=False)
+    assert (result.stdout, result.stderr.splitlines()[0], result.returncode != 0) == ("one\n", "two", True)
+
+
+def test_exec_sync_ends_what_takes_too_long(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    result = crictl("exec", "--sync", "--timeout", "1", sleeper, "sleep", "4321", check=False)
+    assert result.returncode != 0
+    assert "timeout" in result.stderr
+    assert "4321" not in pod.exec(sleeper, "ps").stdout
+
+
+def test_exec_passes_stdin_to_its_end(crictl: Crictl, sleeper: str) -> None:
+    text = "".join(f"{number}\n" for number in range(20000))
+    assert crictl("exec", "-i", sleeper, "sort", "-rn", input=text).stdout.startswith("19999\n19998\n")
+
+
+def test_exec_with_a_terminal(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    with crictl.terminal("exec", "-it", sleeper, "sh", size=(33, 99)) as terminal:
+        terminal.expect("# ")
+        terminal.type("stty size; tty; echo $TERM\n")
+        terminal.expect("33 99\r\n/dev/pts/")
+        terminal.expect("xterm\r\n")
+        terminal.type("sleep 5432\n")
+        wait_for("sleep", lambda: "sleep 5432" in pod.exec(sleeper, "ps").stdout)
+        terminal.type("\x03")
+        terminal.expect("^C")
+        terminal.expect("# ")
+        terminal.type("exit 7\n")
+        assert terminal.process.wait(TIMEOUT_S) in (1, 7), "crictl's own is 1"
+
+
+def test_attach_joins_a_running_container(crictl: Crictl, pod: Pod) -> None:
+    container = pod.start("reader", "sh", stdin=True, stdin_once=True)
+    result = crictl("attach", "-i", container, input="echo $((6 * 7))\nexit 5\n", check=False)
+    assert result.stdout == "42\n"
+    assert pod.wait_exited(container)["exitCode"] == 5
+    assert crictl("logs", container).stdout == "42\n"
+    crictl("rm", container)
+
+
+def test_attach_to_a_container_with_a_terminal(crictl: Crictl, pod: Pod) -> None:
+    container = pod.start("terminal", "sh", stdin=True, stdin_once=True, tty=True)
+    with crictl.terminal("attach", "-it", container, size=(22, 77)) as terminal:
+        terminal.type("stty size\n")
+        terminal.expect("22 77")
+        terminal.type("exit\n")
+        terminal.process.wait(TIMEOUT_S)
+    assert pod.wait_exited(container)["exitCode"] == 0
+    crictl("rm", container)
+
+
+def test_logs_are_kept_by_stream_and_followed(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    logs = crictl("logs", sleeper)
+    assert (logs.stdout, logs.stderr) == ("out\n", "err\n")
+    script = "for n in 1 2 3; do echo line $n; sleep 0.3; done"
+    container = pod.start("talker", "sh", "-c", script)
+    assert crictl("logs", "--follow", container).stdout == "line 1\nline 2\nline 3\n"
+    assert crictl("logs", "--tail", "1", container).stdout == "line 3\n"
+    crictl("rm", container)
+
+
+def test_stats_are_the_guests(crictl: Crictl, pod: Pod) -> None:
+    work = "n=0; while [ $n -lt 30000 ]; do n=$((n + 1)); done"
+    script = f"head -c 16m /dev/zero >/dev/shm/kept; {work}; echo done; cat"
+    container = pod.start("user", "sh", "-c", script, stdin=True)
+    wait_for("its work", lambda: crictl("logs", container).stdout)
+    (stats,) = json.loads(crictl("stats", "--id", container, "-o", "json").stdout)["stats"]
+    assert int(stats["memory"]["workingSetBytes"]["value"]) > 16 << 20
+    assert int(stats["cpu"]["usageCoreNanoSeconds"]["value"]) > 50_000_000
+    crictl("stop", container)
+    crictl("rm", container)
+
+
+def test_statsp_counts_the_whole_machine(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    (stats,) = json.loads(crictl("statsp", "--id", pod.id, "-o", "json").stdout)["stats"]
+    assert stats["attributes"]["metadata"]["name"] == pod.name
+    assert int(stats["linux"]["cpu"]["usageCoreNanoSeconds"]["value"]) > 10_000_000
+    assert [each["attributes"]["id"] for each in stats["linux"]["containers"]].count(sleeper) == 1
+
+
+def test_update_grows_the_machine_and_reaches_the_cgroup_in_the_guest(crictl: Crictl) -> None:
+    with crictl.pod("grows") as pod:
+        limits = {"resources": {"memory_limit_in_bytes": 64 << 20}}
+        container = pod.start("limited", *SLEEP, linux=limits)
+
+        def cgroup() -> list[str]:
+            files = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu.weight")
+            return pod.exec(container, "cat", *files).stdout.split("\n")[:3]
+
+        def machine() -> tuple[int, int]:
+            """vCPUs and MiB."""
+            processors, meminfo = pod.exec(
+                container, "sh", "-c", "nproc; grep MemTotal /proc/meminfo"
+            ).stdout.splitlines()
+            return int(processors), int(meminfo.split()[1]) >> 10
+
+        maximum, quota, weight = cgroup()
+        assert (maximum, quota) == (str(64 << 20), "max 100000")
+        vcpus, mib = machine()
+        cpu = ("--cpu-period", "100000", "--cpu-quota", "50000")
+        crictl("update", *cpu, "--memory", str(192 << 20), container)
+        assert cgroup() == [str(192 << 20), "50000 100000", weight]
+        # A block of the guest's memory is 128 MiB: one more.
+        assert machine() == (vcpus + 1, mib + 128)
+        crictl("update", "--memory", str(96 << 20), "--cpu-share", "512", container)
+        maximum, quota, lighter = cgroup()
+        assert (maximum, quota) == (str(96 << 20), "50000 100000"), "what an update does not name stays"
+        assert int(lighter) < int(weight)
+        assert machine() == (vcpus + 1, mib + 128), "a DIMM is not taken back"
+
+
+def test_a_container_has_its_grace_period(crictl: Crictl, pod: Pod) -> None:
+    loop = "echo ready; while :; do sleep 0.1; done"
+    container = pod.start("polite", "sh", "-c", f"trap 'echo asked; exit 7' TERM; {loop}")
+    stubborn = pod.start("stubborn", "sh", "-c", f"trap '' TERM; {loop}")
+    wait_for("both to be ready", lambda: all(crictl("logs", c).stdout for c in (container, stubborn)))
+    crictl("stop", "--timeout", "60", container)
+    assert crictl.status(container)["exitCode"] == 7
+    assert crictl("logs", container).stdout == "ready\nasked\n"
+    started = time.monotonic()
+    crictl("stop", "--timeout", "2", stubborn)
+    assert crictl.status(stubborn)["exitCode"] == 137
+    assert time.monotonic() - started >= 2
+    crictl("rm", container, stubborn)
+
+
+def test_a_container_is_restarted_in_a_living_pod(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    boot_id = pod.exec(sleeper, "cat", "/proc/sys/kernel/random/boot_id").stdout
+    for attempt in (0, 1, 2):
+        metadata = {"name": "phoenix", "attempt": attempt}
+        container = pod.start("phoenix", "sh", "-c", "ls /once; touch /once; sleep 99999", metadata=metadata)
+        assert pod.exec(container, "cat", "/proc/sys/kernel/random/boot_id").stdout == boot_id
+        crictl("stop", container)
+        assert crictl("logs", container).stdout == "", "its root is new"
+        crictl("rm", container)
+
+
+def test_memory_that_runs_out_is_the_reason(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    container = pod.start(
+        "hungry",
+        *("sh", "-c", "text=a; while :; do text=$text$text; done"),
+        linux={"resources": {"memory_limit_in_bytes": 24 << 20}},
+    )
+    status = pod.wait_exited(container)
+    assert (status["exitCode"], status["reason"]) == (137, "OOMKilled")
+    assert pod.exec(sleeper, "echo", "alive").stdout == "alive\n"
+    crictl("rm", container)
+
+
+def test_ten_containers_in_a_pod(crictl: Crictl) -> None:
+    with crictl.pod("ten", linux={"security_context": {"namespace_options": {"pid": POD}}}) as pod:
+        ids = [
+            pod.start(f"c{number}", "sh", "-c", f"echo {number}; {' '.join(SLEEP)}") for number in range(10)
+        ]
+        assert len(processes_of(pod.id, "containerd-shim-kata-py-v2")) == 1
+        assert len(processes_of(pod.id, "qemu-system")) == 1
+        assert [crictl("logs", each).stdout for each in ids] == [f"{number}\n" for number in range(10)]
+        assert pod.exec(ids[3], "ps").stdout.count(" ".join(SLEEP)) >= 10
+        crictl("stop", ids[0])
+        crictl("rm", ids[0])
+        assert pod.exec(ids[9], "ps").stdout.count(" ".join(SLEEP)) >= 9
+
+
+def test_a_stopped_pod_is_no_machine_any_more(crictl: Crictl) -> None:
+    with crictl.pod("stopped") as pod:
+        container = pod.start("c", *SLEEP)
+        crictl("stopp", pod.id)
+        assert not processes_of(pod.id, "qemu-system")
+        assert not processes_of(pod.id, "containerd-shim-kata-py-v2")
+        assert crictl.inspectp(pod.id)["status"]["state"] == "SANDBOX_NOTREADY"
+        assert crictl.status(container)["state"] == "CONTAINER_EXITED"
+        crictl("rmp", pod.id)
+        assert pod.id not in crictl("pods", "--quiet").stdout
+
+
+def test_a_machine_that_dies_ends_its_pod(crictl: Crictl) -> None:
+    with crictl.pod("dies") as pod:
+        container = pod.start("c", *SLEEP)
+        (machine,) = processes_of(pod.id, "qemu-system")
+        os.kill(machine, signal.SIGKILL)
+        assert pod.wait_exited(container)["exitCode"] == 137
+        wait_for(
+            "the pod's end", lambda: crictl.inspectp(pod.id)["status"]["state"] == "SANDBOX_NOTREADY" or None
+        )
+
+
+def test_pods_go_on_while_containerd_restarts(crictl: Crictl, pod: Pod, sleeper: str) -> None:
+    boot_id = pod.exec(sleeper, "cat", "/proc/sys/kernel/random/boot_id").stdout
+    crictl.containerd.terminate()
+    crictl.containerd.start()
+    wait_for("the CRI plugin", lambda: crictl("pods", check=False).returncode == 0)
+    assert crictl.inspectp(pod.id)["status"]["state"] == "SANDBOX_READY"
+    assert pod.exec(sleeper, "cat", "/proc/sys/kernel/random/boot_id").stdout == boot_id
+    container = pod.start("after", "sh", "-c", "echo after; exit 2")
+    assert pod.wait_exited(container)["exitCode"] == 2
+    assert crictl("logs", container).stdout == "after\n"
+    crictl("rm", container)
+
+
+def test_newer_containerds_run_pods_too(newer_crictl: Crictl) -> None:
+    crictl = newer_crictl
+    with crictl.pod("newer", linux={"security_context": {"privileged": True}}) as pod:
+        container = pod.start("c", "sh", "-c", "echo hello; exec sleep 100000")
+        assert pod.exec(container, "hostname").stdout == f"{pod.name}\n"
+        assert crictl("exec", "-i", container, "cat", input="there and back").stdout == "there and back"
+        assert crictl("logs", container).stdout == "hello\n"
+        crictl("update", "--memory", str(48 << 20), container)
+        assert pod.exec(container, "cat", "/sys/fs/cgroup/memory.max").stdout == f"{48 << 20}\n"
+        assert json.loads(crictl("stats", "--id", container, "-o", "json").stdout)["stats"]
+        assert crictl.inspectp(pod.id)["status"]["runtimeHandler"] == "kata-py"
+        # Of the machine, which the host's file for containerd gives to who is privileged.
+        script = "mknod /tmp/rng c 10 183 && head -c 1 /tmp/rng >/dev/null && echo read"
+        trusted = pod.run("trusted", "sh", "-c", script, linux={"security_context": {"privileged": True}})
+        assert trusted.stdout == "read\n", trusted.stderr
+        crictl("stop", container)
+        assert crictl.status(container)["state"] == "CONTAINER_EXITED"
