@@ -47,7 +47,8 @@ class Client:
         try:
             found: M = call(request, timeout=self._timeout_s, wait_for_ready=True)
         except grpc.RpcError as error:
-            raise CriError(f"rpc error: code = {error.code().name} desc = {error.details()}") from None
+            code = "".join(part.capitalize() for part in error.code().name.split("_"))  # as Go has them
+            raise CriError(f"rpc error: code = {code} desc = {error.details()}") from None
         return found
 
     # Ids may be shortened, as everywhere in crictl.
@@ -263,9 +264,12 @@ def exec_(client: Client, args: argparse.Namespace) -> int:
     if args.sync:
         request = cri.ExecSyncRequest(container_id=container, cmd=args.command_line, timeout=args.timeout)
         found = client.call("ExecSync", request, cri.ExecSyncResponse)
-        sys.stdout.buffer.write(found.stdout)
-        sys.stderr.buffer.write(found.stderr)
-        return found.exit_code
+        if found.exit_code:
+            said = found.stderr.decode(errors="replace")
+            command = " ".join(args.command_line)
+            raise CriError(f"command '{command}' exited with {found.exit_code}: {said}")
+        sys.stdout.buffer.write(found.stdout + b"\n" + found.stderr + b"\n")
+        return 0
     answer = client.call(
         "Exec",
         cri.ExecRequest(
@@ -278,7 +282,9 @@ def exec_(client: Client, args: argparse.Namespace) -> int:
         ),
         cri.ExecResponse,
     )
-    return cri_streaming.run(answer.url, stdin=args.interactive, tty=args.tty)
+    if status := cri_streaming.run(answer.url, stdin=args.interactive, tty=args.tty):
+        raise CriError(f"command terminated with exit code {status}")
+    return 0
 
 
 def attach(client: Client, args: argparse.Namespace) -> int:
@@ -339,7 +345,7 @@ def update(client: Client, args: argparse.Namespace) -> int:
 def stats(client: Client, args: argparse.Namespace) -> int:
     request = cri.ListContainerStatsRequest(
         filter=cri.ContainerStatsFilter(
-            id=client.container_id(args.id) if args.id else "",
+            id=client.container_id(wanted) if (wanted := args.id or args.only) else "",
             pod_sandbox_id=client.pod_id(args.pod) if args.pod else "",
         )
     )
@@ -358,8 +364,9 @@ def stats(client: Client, args: argparse.Namespace) -> int:
 
 
 def statsp(client: Client, args: argparse.Namespace) -> int:
+    wanted = args.id or args.only
     request = cri.ListPodSandboxStatsRequest(
-        filter=cri.PodSandboxStatsFilter(id=client.pod_id(args.id) if args.id else "")
+        filter=cri.PodSandboxStatsFilter(id=client.pod_id(wanted) if wanted else "")
     )
     found = client.call("ListPodSandboxStats", request, cri.ListPodSandboxStatsResponse)
     if args.output == "json":
@@ -417,7 +424,8 @@ def _table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="crictl", description="Client of the Container Runtime Interface.")
     parser.add_argument("--runtime-endpoint", "-r", required=True)
-    parser.add_argument("--image-endpoint", "-i", help="accepted: both services are behind one socket")
+    for ignored in ("--config", "--image-endpoint"):
+        parser.add_argument(ignored, f"-{ignored[2]}", help="accepted: --runtime-endpoint says it all")
     parser.add_argument(
         "--timeout", "-t", dest="rpc_timeout_s", type=lambda text: float(text.removesuffix("s")), default=180
     )
@@ -470,10 +478,12 @@ def _parser() -> argparse.ArgumentParser:
     for option in ("--cpuset-cpus", "--cpuset-mems"):
         sub.add_argument(option, default="")
     sub = command("stats", stats, "what containers use")
+    sub.add_argument("only", nargs="?", default="", metavar="CONTAINER")
     sub.add_argument("--id", default="")
     sub.add_argument("--pod", "-p", default="")
     sub.add_argument("--output", "-o", choices=("json", "table"), default="table")
     sub = command("statsp", statsp, "what pods use")
+    sub.add_argument("only", nargs="?", default="", metavar="POD")
     sub.add_argument("--id", default="")
     sub.add_argument("--output", "-o", choices=("json", "table"), default="table")
     for name, act, what in (("ps", ps, "containers"), ("pods", pods, "pods"), ("images", images, "images")):

@@ -129,5 +129,6 @@ def crictl_command(address: Path, *arguments: str) -> list[str]:
     client = [str(REPO / ".venv/bin/python"), str(REPO / "hack/cri_client.py")]
     program = [crictl] if crictl else client
     endpoint = f"unix://{address}"
-    options = ["--runtime-endpoint", endpoint, "--image-endpoint", endpoint, "--timeout", "180s"]
-    return [*program, *options, *arguments]
+    # No configuration file: crictl would warn that it has none, or take what is meant for another containerd.
+    options = ["--config", "/dev/null", "--runtime-endpoint", endpoint, "--image-endpoint", endpoint]
+    return [*program, *options, "--timeout", "180s", *arguments]

@@ -181,8 +181,10 @@ class Pod:
         return wait_for(f"the end of {container_id}", look)
 
     def exec(self, container_id: str, *command: str, check: bool = True) -> Result:
-        """`exec -s`."""
-        return self.crictl("exec", "--sync", container_id, *command, check=check)
+        """`exec -s`, and what the command wrote to stdout when that was all it wrote."""
+        found = self.crictl("exec", "--sync", container_id, *command, check=check)
+        # crictl ends both stdout and stderr, which it prints one after another, with a newline of its own.
+        return dataclasses.replace(found, stdout=found.stdout.removesuffix("\n\n"))
 
 
 def _loads(text: str) -> Json:
