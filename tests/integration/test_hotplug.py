@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -338,6 +339,34 @@ def test_vcpus_of_an_emulated_machine_stay_and_that_is_logged(
 
     asyncio.run(body())
     assert any("vCPUs stay, 2 too many" in message for message in caplog.messages)
+
+
+def test_an_emulated_machine_that_has_no_room_for_another_vcpus_code_lives(
+    config: VMConfig, shared: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def free_mib(vm: VM) -> int:
+        command = {"command-line": "info jit"}
+        text = await vm.hypervisor.monitor.execute("human-monitor-command", command)
+        found = re.search(r"gen code size +(\d+)/(\d+)", text)
+        if found is None:
+            pytest.skip("this machine is not emulated")
+        return int(found[2]) - int(found[1]) >> 20
+
+    async def body() -> None:
+        async with booted(changed(config, default_maxvcpus=2), shared) as vm:
+            # 16 regions of 8 MiB: in the last of them. Each new process has code of its own.
+            while await free_mib(vm) > 7:
+                await run_in_guest(vm, "busybox true")
+            assert await vm.add_cpus(1) == 0
+            assert (await size(vm))[0] == 1
+            while await free_mib(vm) <= 10:
+                await run_in_guest(vm, "busybox true")
+            assert await vm.add_cpus(1) == 1
+            await vm.online_cpu_memory()
+            assert (await size(vm))[0] == 2
+
+    asyncio.run(body())
+    assert any("room for translated code" in message for message in caplog.messages)
 
 
 def test_memory_is_taken_back_as_far_as_the_guest_lets_go_of_it(config: VMConfig, shared: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,13 @@ _VIRTIO_MEM_BACKEND = "virtiomem"
 _PERIPHERAL = "/machine/peripheral/"
 _PREALLOC_S_PER_GIB = 5.0
 _POLL_S = 0.01
+
+_CODE_SIZE = re.compile(r"^gen code size +(\d+)/(\d+)", re.MULTILINE)
+_REGION_BYTES = 2 << 20
+_REGIONS_PER_VCPU = 8
+"""QEMU 7.2, tcg/region.c: so large at least, and so many at most."""
+_TRANSLATED_MEANWHILE_BYTES = 1 << 20
+"""Until the new vCPU has its region; a guest was seen to have 15 MiB translated in a second."""
 
 _OST_DEVICE_CHECK = 1
 """ACPI 6.4, 6.3.5 _OST: what the guest then tells of is that it has looked at a device that was added."""
@@ -116,10 +124,33 @@ class Hotplug:
                     len(slots) - len(free),
                     len(slots),
                 )
-            for number, slot in free[:count]:
+            for plugged, (number, slot) in enumerate(free[:count]):
+                if not await self._can_translate(len(slots) - len(free) + plugged, len(slots)):
+                    self._log.warning(
+                        "%d more vCPUs are wanted and %d plugged: an emulated machine (TCG) would die of the "
+                        "next, because its room for translated code is nearly used up; it is emptied then",
+                        count,
+                        plugged,
+                    )
+                    return plugged
                 device = {"driver": slot["type"], "id": f"cpu-{number}", **slot["props"]}
                 await self._qmp.execute("device_add", device)
             return min(count, len(free))
+
+    async def _can_translate(self, vcpus: int, maximum: int) -> bool:
+        """Whether QEMU has room for the code of a vCPU more than `vcpus`; with KVM always.
+
+        It divides the room into regions, gives them to vCPUs one by one, and empties all when a vCPU finds
+        none left, except when that vCPU is new: then it aborts (tcg/region.c of QEMU 7.2). How many regions
+        are left it does not say. A vCPU's latest one may be as good as empty, so that many are not counted.
+        """
+        text = await self._qmp.execute("human-monitor-command", {"command-line": "info jit"})
+        found = _CODE_SIZE.search(text)
+        if found is None:
+            return True
+        used, capacity = int(found[1]), int(found[2])
+        regions = max(maximum, min(capacity // _REGION_BYTES, _REGIONS_PER_VCPU * maximum))
+        return capacity - used > vcpus * capacity // regions + _TRANSLATED_MEANWHILE_BYTES
 
     async def remove_vcpus(self, count: int, *, timeout_s: float) -> int:
         """Unplug up to `count` of those that were plugged, the last first; gives how many have gone.
