@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -258,6 +259,22 @@ disabled_plugins = {json.dumps(disabled)}
   level = "debug"
 {settings}"""
         )
+
+
+def require_root() -> None:
+    if os.geteuid() != 0:
+        sys.exit(f"error: {Path(sys.argv[0]).name} must run as root: containerd does, and so do its machines")
+
+
+def of_this_clone_running() -> Containerd:
+    """`of_this_clone`, started if it is not up. Who cannot have it ends here, with a message."""
+    require_root()
+    containerd = of_this_clone()
+    if containerd.pid is None:
+        started = subprocess.run([REPO / "hack/containerd", "start"], stdout=subprocess.DEVNULL)
+        if started.returncode:
+            sys.exit(started.returncode)
+    return containerd
 
 
 def of_this_clone() -> Containerd:

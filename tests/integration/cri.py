@@ -123,7 +123,7 @@ class Crictl:
         config = _merged({**defaults, "linux": linux}, config)
         path = self.directory / f"{name}.json"
         path.write_text(json.dumps(config))
-        with _cgroups(cgroup):
+        with cgroups(cgroup):
             pod_id = self("runp", "--runtime", handler, str(path)).stdout.strip()
             host_state.own_ids.add(pod_id)
             try:
@@ -201,7 +201,7 @@ def _merged(under: Json, over: Json) -> Json:
 
 
 @contextlib.contextmanager
-def _cgroups(path: str) -> Iterator[None]:
+def cgroups(path: str) -> Iterator[None]:
     """The pod's own in each hierarchy, as the kubelet makes them and takes them away."""
     root = Path("/sys/fs/cgroup")
     hierarchies = (

@@ -8,10 +8,13 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import host_state
 import pytest
-from cri import POD, Crictl, Pod
+from cri import POD, Crictl, Pod, cgroups
 from harness import TIMEOUT_S, processes_of, wait_for
+from private_cri import KUBERNETES, RUNTIME_HANDLER
 
 SLEEP = ("sleep", "100000")
 
@@ -237,6 +240,25 @@ def test_ten_containers_in_a_pod(crictl: Crictl) -> None:
         crictl("stop", ids[0])
         crictl("rm", ids[0])
         assert pod.exec(ids[9], "ps").stdout.count(" ".join(SLEEP)) >= 9
+
+
+def test_the_readmes_pod(crictl: Crictl, tmp_path: Path) -> None:
+    pod_config = json.loads((KUBERNETES / "crictl-pod.json").read_text())
+    config = tmp_path / "crictl-pod.json"
+    config.write_text(json.dumps(pod_config | {"log_directory": str(tmp_path)}))
+    container_config = KUBERNETES / "crictl-container.json"
+    with cgroups(pod_config["linux"]["cgroup_parent"]):
+        pod = crictl("runp", "--runtime", RUNTIME_HANDLER, str(config)).stdout.strip()
+        host_state.own_ids.add(pod)
+        try:
+            container = crictl("create", pod, str(container_config), str(config)).stdout.strip()
+            host_state.own_ids.add(container)
+            crictl("start", container)
+            wait_for("its kernel", lambda: "Linux demo " in crictl("logs", container).stdout)
+            assert container[:13] in crictl("stats", container).stdout
+            assert pod[:13] in crictl("statsp", pod).stdout
+        finally:
+            crictl("rmp", "--force", pod)
 
 
 def test_a_stopped_pod_is_no_machine_any_more(crictl: Crictl) -> None:
