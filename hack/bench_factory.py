@@ -479,6 +479,6 @@ def plot(result: Result, times: Any, memory: Any) -> None:
     memory.set_xlabel("idle pods")
     memory.set_ylabel("MiB a pod")
     memory.set_ylim(bottom=0)
-    memory.set_title("memory: PSS, and dotted what MemAvailable lost")
+    memory.set_title("PSS; dotted: MemAvailable lost")
     if any("memory" in way for way in ways.values()):
         memory.legend(fontsize="small")
