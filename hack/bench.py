@@ -1,7 +1,7 @@
 """What machines and containers cost, measured in one run: a table, JSON and a plot in bench-results/.
 
-A container beside runc, and the machines of every factory; hack/bench_factory.py says how. Times of different
-runs do not compare, those of one run do.
+A container beside runc, the machines of every factory, and pods that grow; hack/bench_factory.py and
+hack/bench_pods.py say how. Times of different runs do not compare, those of one run do.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import bench_factory
+import bench_pods
 import bench_runc
 from bench_common import Progress, lined_up
 from bench_ctr import Bench
 from private_containerd import REPO
 
 RESULTS = REPO / "bench-results"
-PARTS = ("runc", "agent", "first-byte", "memory")
+FACTORY_PARTS = ("agent", "first-byte", "memory")
+PARTS = ("runc", *FACTORY_PARTS, *bench_pods.PARTS)
 BUSY = 0.5
 """Processes that want to run, per CPU, before the benchmark starts any."""
 QUICK_RUNS = 2
@@ -41,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N,N",
         help=f"idle pods ({_list(bench_factory.PODS)}; with --quick {_list(QUICK_PODS)})",
     )
-    parser.add_argument("--quick", action="store_true", help="about two minutes, for a first look")
+    parser.add_argument("--quick", action="store_true", help="about six minutes, for a first look")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts")
     parser.add_argument(
         "--ways", nargs="+", choices=bench_factory.WAYS, default=list(bench_factory.WAYS), help="these ways"
@@ -70,6 +72,10 @@ def report(result: dict[str, Any]) -> str:
         parts.append(lined_up([("aim", "", "found", ""), *measured]))
         if failures := bench_factory.failures(factory):
             parts.append("\n".join(["not measured:", *(f"  {failure}" for failure in failures)]))
+    if "pods" in result:
+        parts.append(lined_up(bench_pods.rows(result["pods"])))
+        if failures := bench_pods.failures(result["pods"]):
+            parts.append("\n".join(["not measured:", *(f"  {failure}" for failure in failures)]))
     host = result["host"]
     load = ", ".join(
         f"{host[key][0]:.1f} {when}" for key, when in (("load", "before"), ("load_after", "after"))
@@ -91,7 +97,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     parts = [
-        (part, name) for part, name in ((bench_runc, "runc"), (bench_factory, "factory")) if name in result
+        (part, name)
+        for part, name in ((bench_runc, "runc"), (bench_factory, "factory"), (bench_pods, "pods"))
+        if name in result
     ]
     figure, axes = pyplot.subplots(
         len(parts), 2, figsize=(13, 4.5 * len(parts)), width_ratios=(2, 1), squeeze=False
@@ -113,10 +121,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             bench.containerd.start()
             if "runc" in options.only:
                 result["runc"] = bench_runc.measure(bench, options.runs, progress)
-            if set(options.only) - {"runc"}:
+            if parts := set(FACTORY_PARTS).intersection(options.only):
                 result["factory"] = bench_factory.measure(
-                    bench, options.ways, set(options.only), options.runs, options.pods, progress
+                    bench, options.ways, parts, options.runs, options.pods, progress
                 )
+            if parts := set(bench_pods.PARTS).intersection(options.only):
+                result["pods"] = bench_pods.measure(bench, options.ways, parts, options.runs, progress)
         finally:
             progress.close()
             bench.containerd.destroy()

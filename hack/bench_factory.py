@@ -120,14 +120,18 @@ class Ready:
     def set_up(self, log: Path) -> Iterator[None]:
         """Raises NotMeasured."""
         with ExitStack() as stack:
-            if self.way.template:
-                stack.callback(self._kata_py, "factory", "destroy", log=log)
+            stack.callback(self.forget, log)
             if self.way.cache:
                 stack.enter_context(self._server(log))
                 self.wait_filled()
             elif self.way.template and self._kata_py("factory", "init", log=log):
                 raise NotMeasured(f"kata-py factory init failed: {_last_line(log)}")
             yield
+
+    def forget(self, log: Path) -> None:
+        """Take its template away."""
+        if self.way.template:
+            self._kata_py("factory", "destroy", log=log)
 
     def _kata_py(self, *arguments: str, log: Path) -> int:
         with log.open("ab") as output:
@@ -234,7 +238,7 @@ def _measure_agents(
     for number in range(runs + 1):
         for one in ready:
             one.wait_filled()
-            found = _agent(one, "time", bench.new_id())
+            found = agent(one, "time", bench.new_id())
             if number:
                 times[one.name].append(found)
             progress.say(f"agent: {one.name} run {number} of {runs}: {1000 * found['answer']:.0f} ms")
@@ -250,7 +254,7 @@ def _measure_agents(
             results[name][f"agent_{step}_all_s"] = values
 
 
-def _agent(one: Ready, *arguments: str) -> dict[str, Any]:
+def agent(one: Ready, *arguments: str) -> dict[str, Any]:
     found: dict[str, Any] = _answer([sys.executable, AGENT, *arguments], environment=one.environment)
     return found
 
@@ -281,7 +285,7 @@ def floor(one: Ready, machine_id: str, directory: Path) -> dict[str, float]:
     """Seconds to each step of hack/bench_floor.py."""
     place = directory / machine_id
     place.mkdir()
-    plan = _agent(one, "plan", machine_id, str(place))
+    plan = agent(one, "plan", machine_id, str(place))
     found: dict[str, float] = _answer(["/usr/bin/python3", FLOOR], text=json.dumps(plan))
     return found
 

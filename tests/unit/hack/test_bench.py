@@ -109,6 +109,28 @@ def test_the_report_lines_up(factory: dict[str, Any]) -> None:
     assert "load 0.1 before, 1.5 after" in text
 
 
+@pytest.fixture
+def pods() -> dict[str, Any]:
+    ten = {"pod_s": 0.8, "each_s": 0.25, "all_s": 2.6, "times_s": [0.3, 0.2]}
+    direct = {"plugged_s": 0.1, "online_s": 0.9, "containers": ten, "with_limits": {"failure": "no slot"}}
+    return {"ways": {"direct": direct, "runc": {"containers": {"each_s": 0.08, "all_s": 0.8}}}}
+
+
+def test_the_table_of_growing_pods_has_gaps_where_nothing_was_found(pods: dict[str, Any]) -> None:
+    text = bench.report({"runs": 10, "host": HOST, "pods": pods})
+    rows = {line.partition("   ")[0].strip(): line.split() for line in text.splitlines()}
+    assert rows["online in the guest"][-2:] == ["900", "ms"]
+    assert rows["each of 10 containers"][-4:] == ["250", "ms", "80", "ms"]
+    assert "full one" not in text
+    assert "direct with_limits: no slot" in text
+
+
+def test_growing_pods_are_drawn(pods: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "bench.png"
+    bench.plot({"host": HOST, "pods": pods}, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_lined_up_fills_short_rows() -> None:
     assert lined_up([("a", "bb"), ("ccc",), ("d", "e", "f")]) == "a    bb\nccc\nd     e  f"
 
