@@ -1,5 +1,5 @@
-"""The agent's statistics as containerd's clients read them: io.containerd.cgroups.v2.Metrics, after Kata's
-`statsToMetricsV2`."""
+"""Statistics as containerd's clients read them: io.containerd.cgroups.v2.Metrics. A container's are the
+agent's, after Kata's `statsToMetricsV2`; a whole pod's are the host's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from shim.protocols.cgroups_v2_pb2 import (
     NetworkStat,
     PidsStat,
 )
+from virtcontainers.resource_control import ResourceStats
 
 _MEMORY_FIELDS = {field.name for field in MemoryStat.DESCRIPTOR.fields} - {"psi"}
 
@@ -50,11 +51,48 @@ def metrics(response: StatsContainerResponse) -> Metrics:
             HugeTlbStat(current=huge.usage, max=huge.max_usage, pagesize=size, failcnt=huge.failcnt)
             for size, huge in sorted(stats.hugetlb_stats.items())
         ],
-        network=[
-            NetworkStat(**{field.name: value for field, value in network.ListFields()})
-            for network in response.network_stats
-        ],
+        network=_network(response),
     )
+
+
+_OF_V1 = {
+    "rss": "anon",
+    "rss_huge": "anon_thp",
+    "cache": "file",
+    "mapped_file": "file_mapped",
+    "dirty": "file_dirty",
+    "writeback": "file_writeback",
+}
+"""Names in cgroup v1's memory.stat for what v2, and with it the message, calls otherwise."""
+
+UNLIMITED = (1 << 64) - 1
+
+
+def sandbox_metrics(stats: ResourceStats, response: StatsContainerResponse) -> Metrics:
+    """A whole pod's: what it costs on the host, and what its network has carried, as the agent tells."""
+    memory = MemoryStat()
+    for name, value in stats.memory_stat.items():
+        field = _OF_V1.get(name, name)
+        if field in _MEMORY_FIELDS:
+            setattr(memory, field, value)
+    memory.usage, memory.usage_limit, memory.swap_limit = stats.memory_bytes, UNLIMITED, UNLIMITED
+    return Metrics(
+        pids=PidsStat(current=stats.pids),
+        cpu=CPUStat(
+            usage_usec=stats.cpu_usec, user_usec=stats.cpu_user_usec, system_usec=stats.cpu_system_usec
+        ),
+        memory=memory,
+        memory_events=MemoryEvents(),
+        io=IOStat(),
+        network=_network(response),
+    )
+
+
+def _network(response: StatsContainerResponse) -> list[NetworkStat]:
+    return [
+        NetworkStat(**{field.name: value for field, value in network.ListFields()})
+        for network in response.network_stats
+    ]
 
 
 def _io(response: StatsContainerResponse) -> list[IOEntry]:

@@ -20,6 +20,7 @@ from shim.protocols.task_types_pb2 import ProcessInfo
 from shim.stdio import Stdio
 from ttrpc import Code, Context, Server, StatusError
 from virtcontainers import errors
+from virtcontainers.config import ContainerType
 from virtcontainers.errors import InvalidArgumentError, UnimplementedError
 
 log = logging.getLogger(__name__)
@@ -138,9 +139,14 @@ class TaskService:
         return Empty()
 
     async def stats(self, request: api.StatsRequest, context: Context) -> api.StatsResponse:
-        from shim.metrics import metrics
+        from shim.metrics import metrics, sandbox_metrics
 
-        found = metrics(await self._pod.running(request.id).stats())
+        container = self._pod.running(request.id)
+        in_guest = await container.stats()
+        if container.config.container_type is ContainerType.POD_SANDBOX:
+            found = sandbox_metrics(container.sandbox.stats(), in_guest)
+        else:
+            found = metrics(in_guest)
         # containerd's typeurl has the bare name, without a prefix.
         packed = Any(type_url=found.DESCRIPTOR.full_name, value=found.SerializeToString())
         return api.StatsResponse(stats=packed)

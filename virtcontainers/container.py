@@ -224,10 +224,12 @@ class Container:
         """Set new limits (an OCI linux.resources object): the machine is fitted first, then the cgroup."""
         self.require(ContainerState.CREATED, ContainerState.RUNNING, ContainerState.PAUSED)
         before = self.resources
-        self.resources = {**before, **resources}
+        self.resources = _updated(before, resources)
+        # The host's CPUs and memory nodes are not the guest's.
+        cpu = {k: v for k, v in (resources.get("cpu") or {}).items() if k not in ("cpus", "mems")}
         try:
             await self.sandbox.update_resources()
-            await self.sandbox.agent.update_container(self.id, resources)
+            await self.sandbox.agent.update_container(self.id, {**resources, "cpu": cpu})
         except BaseException:
             self.resources = before
             raise
@@ -276,3 +278,12 @@ class Container:
             except KataError as error:
                 self._log.warning("the guest did not remove it: %s", error)
         await self._undo.aclose()
+
+
+def _updated(before: dict[str, Any], resources: dict[str, Any]) -> dict[str, Any]:
+    """What an update does not name, or names as 0 or "", stays as it was."""
+    updated = {**before, **resources}
+    for kind in ("cpu", "memory"):
+        named = {key: value for key, value in (resources.get(kind) or {}).items() if value}
+        updated[kind] = {**(before.get(kind) or {}), **named}
+    return updated

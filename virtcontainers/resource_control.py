@@ -14,8 +14,8 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from virtcontainers.errors import InvalidArgumentError, KataError
@@ -27,7 +27,12 @@ OVERHEAD_ROOT = "/kata_overhead"
 DEFAULT_ROOT = "/vc"
 """Above a relative cgroupsPath."""
 
-_V2_CONTROLLERS = ("cpu", "cpuset", "memory", "pids", "io")
+_V1_CONTROLLERS = frozenset(
+    (
+        *("cpu", "cpuacct", "cpuset", "memory", "hugetlb", "devices", "freezer", "blkio", "pids"),
+        *("perf_event", "net_cls", "net_prio", "rdma"),
+    )
+)
 _REMOVE_TIMEOUT_S = 2.0
 _MAX_CPU = 8191  # of Linux on x86, CONFIG_NR_CPUS
 
@@ -39,12 +44,9 @@ def sandbox_cgroup_path(cgroups_path: str, sandbox_id: str) -> str:
     """
     if ".." in PurePosixPath(cgroups_path).parts:
         raise InvalidArgumentError(f"linux.cgroupsPath: found {cgroups_path!r}, expected no '..' in it")
-    slice_, _, rest = cgroups_path.partition(":")
-    if rest and slice_.endswith(".slice"):
-        prefix, _, name = rest.partition(":")
-        return (
-            f"{_expand_slice(slice_)}/{prefix}-{name}.scope" if prefix else f"{_expand_slice(slice_)}/{name}"
-        )
+    match cgroups_path.split(":"):
+        case [slice_, prefix, name] if slice_.endswith(".slice"):
+            return f"{_expand_slice(slice_)}/{prefix}-{name}.scope"
     path = PurePosixPath(cgroups_path or sandbox_id)
     root = PurePosixPath("/") if path.is_absolute() else PurePosixPath(DEFAULT_ROOT)
     renamed = root / path.parent / f"{KATA_PREFIX}{path.name}"
@@ -52,10 +54,10 @@ def sandbox_cgroup_path(cgroups_path: str, sandbox_id: str) -> str:
 
 
 def _expand_slice(slice_: str) -> str:
-    """systemd.slice(5): "a-b.slice" is in "a.slice"."""
-    parts = slice_.removesuffix(".slice").split("-")
-    if parts == [""]:
+    """systemd.slice(5): "a-b.slice" is in "a.slice", which is in "-.slice", the root."""
+    if slice_ == "-.slice":
         return ""
+    parts = slice_.removesuffix(".slice").split("-")
     return "".join(f"/{'-'.join(parts[: n + 1])}.slice" for n in range(len(parts)))
 
 
@@ -87,11 +89,36 @@ def find_hierarchies(mountinfo: Path = Path("/proc/self/mountinfo")) -> list[Hie
         if fstype == "cgroup2":
             unified.append(Hierarchy(mount_point, frozenset()))
         elif fstype == "cgroup":
-            known = ("cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids")
-            controllers = frozenset(known) & frozenset(options.replace(" ", ",").split(","))
+            controllers = _V1_CONTROLLERS & frozenset(options.replace(" ", ",").split(","))
             if controllers:  # and not systemd's own
                 found.setdefault(",".join(sorted(controllers)), Hierarchy(mount_point, controllers))
     return list(found.values()) or unified[:1]
+
+
+@dataclass(frozen=True)
+class ResourceStats:
+    """What the processes of a cgroup and of those below it have used."""
+
+    cpu_usec: int = 0
+    cpu_user_usec: int = 0
+    cpu_system_usec: int = 0
+    memory_bytes: int = 0
+    """With the page cache that was read or written for them."""
+    memory_stat: Mapping[str, int] = field(default_factory=dict)
+    """memory.stat, with cgroup v1's names on v1."""
+    pids: int = 0
+    """Threads count."""
+
+    def __add__(self, other: ResourceStats) -> ResourceStats:
+        names = self.memory_stat.keys() | other.memory_stat.keys()
+        return ResourceStats(
+            self.cpu_usec + other.cpu_usec,
+            self.cpu_user_usec + other.cpu_user_usec,
+            self.cpu_system_usec + other.cpu_system_usec,
+            self.memory_bytes + other.memory_bytes,
+            {name: self.memory_stat.get(name, 0) + other.memory_stat.get(name, 0) for name in names},
+            self.pids + other.pids,
+        )
 
 
 class ResourceController:
@@ -143,12 +170,19 @@ class ResourceController:
                 found.update(int(pid) for pid in (directory / "cgroup.procs").read_text().split())
         return found
 
+    def stat(self) -> ResourceStats:
+        """Of what the host does not count: 0."""
+        total = ResourceStats()
+        for hierarchy, directory in self._directories():
+            total += _stat_v2(directory) if hierarchy.is_v2 else _stat_v1(hierarchy, directory)
+        return total
+
     def delete(self) -> None:
         """Remove it; whoever is still in it goes to its parent. Idempotent, in any process."""
-        for _, directory in self._directories():
+        for hierarchy, directory in self._directories():
             deadline = time.monotonic() + _REMOVE_TIMEOUT_S
             while True:
-                _move_up(directory)
+                _move_up(hierarchy, directory)
                 try:
                     directory.rmdir()
                 except FileNotFoundError:
@@ -167,8 +201,8 @@ def _make(hierarchy: Hierarchy, directory: Path) -> None:
         return
     _make(hierarchy, directory.parent)
     if hierarchy.is_v2:
-        # What the parent cannot give, because of processes in it or of its own parent, is only not counted.
-        for controller in _V2_CONTROLLERS:
+        # What the parent cannot give, because of processes in it, is only not counted.
+        for controller in (directory.parent / "cgroup.controllers").read_text().split():
             with contextlib.suppress(OSError):
                 (directory.parent / "cgroup.subtree_control").write_text(f"+{controller}")
     with contextlib.suppress(FileExistsError):
@@ -180,15 +214,70 @@ def _make(hierarchy: Hierarchy, directory: Path) -> None:
                 (directory / name).write_text((directory.parent / name).read_text())
 
 
-def _move_up(directory: Path) -> None:
+def _move_up(hierarchy: Hierarchy, directory: Path) -> None:
     with contextlib.suppress(OSError):
         for pid in (directory / "cgroup.procs").read_text().split():
-            with contextlib.suppress(OSError):
-                (directory.parent / "cgroup.procs").write_text(pid)
+            _move_process_up(hierarchy, directory, pid)
     with contextlib.suppress(OSError):  # v1: threads whose process is elsewhere
         for thread_id in (directory / "tasks").read_text().split():
             with contextlib.suppress(OSError):
                 (directory.parent / "tasks").write_text(thread_id)
+
+
+def _move_process_up(hierarchy: Hierarchy, directory: Path, pid: str) -> None:
+    while directory != hierarchy.mount_point:
+        directory = directory.parent
+        try:
+            (directory / "cgroup.procs").write_text(pid)
+        except OSError as error:
+            # v2: processes are in the leaves and in the root only.
+            if error.errno == errno.EBUSY:
+                continue
+        return
+
+
+def _stat_v1(hierarchy: Hierarchy, directory: Path) -> ResourceStats:
+    cpuacct, memory = "cpuacct" in hierarchy.controllers, "memory" in hierarchy.controllers
+    return ResourceStats(
+        cpu_usec=_number(directory / "cpuacct.usage") // 1000 if cpuacct else 0,
+        cpu_user_usec=_number(directory / "cpuacct.usage_user") // 1000 if cpuacct else 0,
+        cpu_system_usec=_number(directory / "cpuacct.usage_sys") // 1000 if cpuacct else 0,
+        memory_bytes=_number(directory / "memory.usage_in_bytes") if memory else 0,
+        # The other names are without the cgroups below.
+        memory_stat={
+            name.removeprefix("total_"): value
+            for name, value in (_numbers(directory / "memory.stat") if memory else {}).items()
+            if name.startswith("total_")
+        },
+        pids=_number(directory / "pids.current") if "pids" in hierarchy.controllers else 0,
+    )
+
+
+def _stat_v2(directory: Path) -> ResourceStats:
+    cpu = _numbers(directory / "cpu.stat")
+    return ResourceStats(
+        cpu_usec=cpu.get("usage_usec", 0),
+        cpu_user_usec=cpu.get("user_usec", 0),
+        cpu_system_usec=cpu.get("system_usec", 0),
+        memory_bytes=_number(directory / "memory.current"),
+        memory_stat=_numbers(directory / "memory.stat"),
+        pids=_number(directory / "pids.current"),
+    )
+
+
+def _number(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except OSError:
+        return 0
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: int(value) for name, _, value in (line.partition(" ") for line in lines)}
 
 
 def _write(path: Path, text: str) -> None:
@@ -256,6 +345,10 @@ class PodCgroups:
         if self.overhead is not None:
             for thread_id in vcpu_threads:
                 self.sandbox.add_thread(thread_id)
+
+    def stat(self) -> ResourceStats:
+        """Of all that the pod is on the host."""
+        return self.sandbox.stat() + (self.overhead.stat() if self.overhead else ResourceStats())
 
     def delete(self) -> None:
         """Idempotent; this process goes up to the parents."""

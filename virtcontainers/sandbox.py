@@ -24,7 +24,7 @@ from virtcontainers.errors import (
 from virtcontainers.fs_share import FilesystemShare
 from virtcontainers.hypervisor.base import HypervisorError, vm_dir
 from virtcontainers.hypervisor.process import find_processes
-from virtcontainers.resource_control import PodCgroups, parse_cpus, pin_thread
+from virtcontainers.resource_control import PodCgroups, ResourceStats, parse_cpus, pin_thread
 from virtcontainers.resources import cpuset, wanted_memory_mib, wanted_vcpus
 from virtcontainers.vm import VM, VMConfig
 
@@ -122,6 +122,7 @@ class Sandbox:
         self._state.cgroups = self._cgroups.paths
         self.save()
         self._cgroups.enter()
+        self._cgroups.sandbox.update_cpuset(*cpuset([container.resources]))
         machine = asyncio.create_task(self._get_vm())
         try:
             # The machine starts meanwhile: QEMU is a process of its own.
@@ -244,27 +245,31 @@ class Sandbox:
         all of it in use when this returns.
 
         What is too much stays: Kata's runtime takes vCPUs back, and memory only from a virtio-mem device.
-        Raises KataError's classes; the machine is then as large as it was, or a part of the way larger.
+        With `static_resource_mgmt` it keeps its size. Raises KataError's classes; the machine is then as
+        large as it was, or a part of the way larger.
         """
-        if self.config.static_resource_mgmt:
-            return
         assert self._vm is not None
         async with self._resizing:
-            hypervisor, defaults = self._vm.hypervisor, self.config.hypervisor
             asked = [c.resources for c in self.containers.values() if c.state is not ContainerState.STOPPED]
-            vcpus = wanted_vcpus(defaults.default_vcpus, asked) - hypervisor.vcpus
-            memory_mib = wanted_memory_mib(defaults.default_memory_mib, asked) - hypervisor.memory_mib
-            if vcpus > 0:
-                await self._vm.add_cpus(vcpus)
-            if memory_mib > 0:
-                await self._vm.add_memory(memory_mib)
-            # Also what an earlier container has plugged and then not waited for.
-            await self._vm.online_cpu_memory()
-            if vcpus < 0:
-                await hypervisor.hotunplug_vcpus(-vcpus, timeout_s=_UNPLUG_TIMEOUT_S)
-            if memory_mib < 0 and defaults.enable_virtio_mem:
-                await hypervisor.hotunplug_memory(-memory_mib, timeout_s=_UNPLUG_TIMEOUT_S)
+            if not self.config.static_resource_mgmt:
+                await self._resize(asked)
             self._control_resources(asked)
+
+    async def _resize(self, asked: list[dict[str, Any]]) -> None:
+        assert self._vm is not None
+        hypervisor, defaults = self._vm.hypervisor, self.config.hypervisor
+        vcpus = wanted_vcpus(defaults.default_vcpus, asked) - hypervisor.vcpus
+        memory_mib = wanted_memory_mib(defaults.default_memory_mib, asked) - hypervisor.memory_mib
+        if vcpus > 0:
+            await self._vm.add_cpus(vcpus)
+        if memory_mib > 0:
+            await self._vm.add_memory(memory_mib)
+        # Also what an earlier container has plugged and then not waited for.
+        await self._vm.online_cpu_memory()
+        if vcpus < 0:
+            await hypervisor.hotunplug_vcpus(-vcpus, timeout_s=_UNPLUG_TIMEOUT_S)
+        if memory_mib < 0 and defaults.enable_virtio_mem:
+            await hypervisor.hotunplug_memory(-memory_mib, timeout_s=_UNPLUG_TIMEOUT_S)
 
     def _control_resources(self, asked: list[dict[str, Any]]) -> None:
         """Hold the machine to the pod's cgroups and CPUs on the host."""
@@ -284,6 +289,10 @@ class Sandbox:
             elif self._pinned:
                 pin_thread(threads[index], allowed or list(os.sched_getaffinity(0)))
         self._pinned = pinned
+
+    def stats(self) -> ResourceStats:
+        """What the pod as a whole has used on the host: the machine, its daemons and this process."""
+        return self._cgroups.stat()
 
     def _require_alive(self) -> None:
         if self.is_dead or self._vm is None:

@@ -7,10 +7,11 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from agent_client.protocols import agent_pb2
-from virtcontainers.config import Mount
+from virtcontainers.config import ContainerType, Mount
 from virtcontainers.container import ContainerState
 from virtcontainers.errors import (
     AlreadyExistsError,
@@ -111,6 +112,7 @@ class LocalContainer:
     def __init__(self, sandbox: LocalSandbox, container_id: str, spec: dict[str, Any]) -> None:
         self.sandbox = sandbox
         self.id = container_id
+        self.config = SimpleNamespace(container_type=ContainerType.SINGLE_CONTAINER)
         self.state = ContainerState.CREATED
         self.process = LocalProcess(sandbox, container_id, spec["process"])
         self.processes: dict[str, LocalProcess] = {}

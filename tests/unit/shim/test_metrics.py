@@ -1,7 +1,8 @@
-"""The agent's statistics as `ctr task metrics` and the CRI plugin read them."""
+"""The agent's statistics, and a whole pod's, as `ctr task metrics` and the CRI plugin read them."""
 
 from agent_client.protocols.agent_pb2 import StatsContainerResponse
-from shim.metrics import metrics
+from shim.metrics import UNLIMITED, metrics, sandbox_metrics
+from virtcontainers.resource_control import ResourceStats
 
 
 def test_units_and_fields() -> None:
@@ -39,3 +40,18 @@ def test_a_guest_without_numbers_still_has_every_group() -> None:
     """Clients look into them without asking whether they are there."""
     found = metrics(StatsContainerResponse())
     assert found.HasField("cpu") and found.HasField("memory") and found.HasField("pids")
+
+
+def test_a_pods_are_the_hosts_under_the_names_of_cgroup_v2() -> None:
+    response = StatsContainerResponse()
+    response.cgroup_stats.memory_stats.usage.usage = 7
+    response.network_stats.add(name="eth0", rx_bytes=10)
+    memory_stat = {"rss": 4096, "inactive_file": 8192, "swap": 1, "usage": 1}
+    found = sandbox_metrics(ResourceStats(30, 20, 10, 1 << 20, memory_stat, 3), response)
+    assert (found.cpu.usage_usec, found.cpu.user_usec, found.cpu.system_usec) == (30, 20, 10)
+    assert (found.memory.anon, found.memory.inactive_file) == (4096, 8192)
+    assert found.pids.current == 3
+    assert found.network[0].rx_bytes == 10
+    found = sandbox_metrics(ResourceStats(memory_bytes=1 << 20, memory_stat={"anon": 5}), response)
+    assert (found.memory.usage, found.memory.usage_limit, found.memory.anon) == (1 << 20, UNLIMITED, 5)
+    assert found.HasField("cpu") and found.HasField("pids")

@@ -10,6 +10,7 @@ from virtcontainers.resource_control import (
     Hierarchy,
     PodCgroups,
     ResourceController,
+    ResourceStats,
     find_hierarchies,
     parse_cpus,
     pin_thread,
@@ -19,6 +20,7 @@ from virtcontainers.resource_control import (
 V1 = "35 24 0:30 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n"
 V1_SYSTEMD = "29 24 0:25 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n"
 V2 = "25 24 0:22 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw,nsdelegate\n"
+MOUNTS = Path("/proc/self/mountinfo")
 OTHER = "22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/root rw\n"
 
 
@@ -33,6 +35,8 @@ OTHER = "22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/root rw\n"
             "kubepods-burstable-pod1.slice:cri-containerd:one",
             "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-one.scope",
         ),
+        ("-.slice:ctr:one", "/ctr-one.scope"),
+        ("a.slice:one", "/vc/kata_a.slice:one"),
     ],
 )
 def test_where_the_pods_cgroup_is(cgroups_path: str, path: str) -> None:
@@ -121,12 +125,80 @@ def test_a_cgroup_holds_a_process_and_goes(
     finally:
         controller.delete()
         controller.delete()
-        assert parent.pids() == {process.pid}
+        assert path not in Path(f"/proc/{process.pid}/cgroup").read_text()
         process.kill()
         process.wait()
         parent.delete()
     for hierarchy in hierarchies:
         assert not (hierarchy.mount_point / parent.path.lstrip("/")).exists()
+
+
+def test_who_is_left_in_a_cgroup_of_v2_goes_where_processes_may_be(process: subprocess.Popen[bytes]) -> None:
+    points = [line.split()[4] for line in MOUNTS.read_text().splitlines() if " - cgroup2 " in line]
+    if os.geteuid() != 0 or not points or not (Path(points[0]) / "cgroup.controllers").read_text().strip():
+        pytest.skip("this needs root, and a cgroup v2 with a controller")
+    hierarchy = Hierarchy(Path(points[0]), frozenset())
+    parent = ResourceController(f"/kata-py-unit-test-{os.getpid()}", [hierarchy])
+    controller = ResourceController(f"{parent.path}/kata_pod", [hierarchy])
+    controller.create()
+    try:
+        controller.add_process(process.pid)
+        # Its controllers are given to the cgroups below: the kernel takes no process into it any more.
+        assert (hierarchy.mount_point / parent.path[1:] / "cgroup.subtree_control").read_text().strip()
+        controller.delete()
+        assert controller.path not in Path(f"/proc/{process.pid}/cgroup").read_text()
+        assert parent.pids() == set()
+    finally:
+        controller.delete()
+        parent.delete()
+
+
+def test_what_a_cgroup_has_used() -> None:
+    controller = ResourceController(f"/kata-py-unit-test-{os.getpid()}")
+    found = {name for hierarchy in find_hierarchies() for name in hierarchy.controllers}
+    if os.geteuid() != 0 or not {"cpuacct", "memory", "pids"} <= found:
+        pytest.skip("this needs root, and cgroup v1")
+    controller.create()
+    try:
+        read_end, write_end = os.pipe()
+        script = "read go; x=$(head -c 20m /dev/zero | tr '\\0' a); echo done; read end"
+        with subprocess.Popen(
+            ["sh", "-c", script], stdin=subprocess.PIPE, stdout=write_end, text=True
+        ) as process:
+            assert process.stdin
+            controller.add_process(process.pid)
+            assert controller.stat().memory_bytes < 8 << 20
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            assert os.read(read_end, 5) == b"done\n"
+            stats = controller.stat()
+            assert stats.pids == 1
+            assert stats.memory_bytes > 16 << 20
+            assert stats.memory_stat["rss"] > 16 << 20
+            assert 0 < stats.cpu_user_usec + stats.cpu_system_usec <= controller.stat().cpu_usec * 1.1
+            process.stdin.write("end\n")
+        os.close(read_end)
+        os.close(write_end)
+        twice = stats + stats
+        assert (twice.memory_bytes, twice.pids) == (2 * stats.memory_bytes, 2)
+        assert twice.memory_stat["rss"] == 2 * stats.memory_stat["rss"]
+    finally:
+        controller.delete()
+
+
+def test_what_a_cgroup_of_v2_has_used(tmp_path: Path) -> None:
+    """From a directory with a kernel's files: no host here counts CPU and memory by v2."""
+    (tmp_path / "pod").mkdir()
+    for name, text in {
+        "cpu.stat": "usage_usec 30\nuser_usec 20\nsystem_usec 10\ncore_sched.force_idle_usec 0\n",
+        "memory.current": "4096\n",
+        "memory.stat": "anon 1024\nfile 3072\n",
+        "pids.current": "3\n",
+    }.items():
+        (tmp_path / "pod" / name).write_text(text)
+    stats = ResourceController("/pod", [Hierarchy(tmp_path, frozenset())]).stat()
+    assert stats == ResourceStats(30, 20, 10, 4096, {"anon": 1024, "file": 3072}, 3)
+    assert ResourceController("/none", [Hierarchy(tmp_path, frozenset())]).stat() == ResourceStats()
 
 
 def test_a_process_that_has_ended_is_in_no_cgroup(hierarchies: list[Hierarchy]) -> None:

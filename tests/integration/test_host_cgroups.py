@@ -1,0 +1,197 @@
+"""Where a pod is on the host: its cgroups, its CPUs, and what it is seen to use."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import Config
+from cri import Crictl, Pod
+from harness import Ctr, processes_of, wait_for
+
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_ONLY = "io.katacontainers.config.runtime.sandbox_cgroup_only"
+PINNING = "io.katacontainers.enable_vcpus_pinning"
+SLEEP = ("sleep", "100000")
+MIB = 1 << 20
+
+pytestmark = pytest.mark.skipif(
+    not (CGROUPS / "memory/tasks").exists(), reason="these look at a host with cgroup v1's controllers"
+)
+
+
+def threads_of(pid: int) -> dict[int, str]:
+    """Their ids, with their names."""
+    return {
+        int(task.name): (task / "comm").read_text().strip() for task in Path(f"/proc/{pid}/task").iterdir()
+    }
+
+
+def cgroups_of(thread_id: int) -> set[str]:
+    """In the hierarchies that have a controller."""
+    lines = Path(f"/proc/{thread_id}/cgroup").read_text().splitlines()
+    fields = [line.split(":", 2) for line in lines]
+    return {path for _, name, path in fields if name and not name.startswith("name=")}
+
+
+def vcpus_of(pod: str) -> dict[str, int]:
+    """The threads that run the guest, by QEMU's names for them."""
+    (machine,) = processes_of(pod, "qemu-system")
+    found = {name: thread for thread, name in threads_of(machine).items() if name.startswith("CPU ")}
+    return dict(sorted(found.items()))
+
+
+def others_of(pod: str) -> list[int]:
+    """All threads of the pod that are no vCPUs: QEMU's, the shim's, and its virtiofsds'."""
+    programs = ("qemu-system", "containerd-shim-kata-py-v2", "virtiofsd")
+    processes = {program: processes_of(pod, program) for program in programs}
+    assert all(processes.values()), processes
+    threads = [thread for pids in processes.values() for pid in pids for thread in threads_of(pid)]
+    return sorted(set(threads) - set(vcpus_of(pod).values()))
+
+
+def value(controller: str, cgroup: str, name: str) -> str:
+    return (CGROUPS / controller / cgroup.strip("/") / name).read_text().strip()
+
+
+def metrics(crictl: Crictl, container: str) -> dict[str, int]:
+    """containerd's Stats of a task, as a person sees them."""
+    found = crictl.containerd.ctr("-n", "k8s.io", "tasks", "metrics", container, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"^(\w+\.\w+) +(\d+) *$", found, re.MULTILINE)}
+
+
+def statsp(crictl: Crictl, pod: Pod) -> tuple[int, int]:
+    """The CPU time in ns and the memory in bytes that the kubelet would be told."""
+    (stats,) = json.loads(crictl("statsp", "--id", pod.id, "-o", "json").stdout)["stats"]
+    linux = stats["linux"]
+    return int(linux["cpu"]["usageCoreNanoSeconds"]["value"]), int(linux["memory"]["usageBytes"]["value"])
+
+
+def private_bytes(pid: int) -> int:
+    """What the process has for itself: of a clone, all that is not the template's any more."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(int(kib) << 10 for kib in re.findall(r"^Private_\w+: +(\d+) kB", text, re.MULTILINE))
+
+
+def work(pod: Pod, container: str) -> None:
+    """Use CPU, and memory that stays used."""
+    loop = "n=0; while [ $n -lt 30000 ]; do n=$((n + 1)); done"
+    pod.exec(container, "sh", "-c", f"head -c 40m /dev/urandom >/dev/shm/kept; {loop}")
+
+
+def growing(cpus: str = "") -> dict[str, object]:
+    """The resources of a container that makes a machine of one vCPU one of two."""
+    return {"resources": {"cpu_quota": 100_000, "cpu_period": 100_000, "cpuset_cpus": cpus}}
+
+
+def test_with_sandbox_cgroup_only_all_of_a_pod_is_in_its_cgroup_and_counted(crictl: Crictl) -> None:
+    with crictl.pod("only", annotations={CGROUP_ONLY: "true"}) as pod:
+        cgroup = f"/kpy-test/{pod.name}/kata_{pod.id}"
+        assert len(vcpus_of(pod.id)) == 1
+        container = pod.start("c", *SLEEP, linux=growing("1"))
+        assert len(vcpus_of(pod.id)) == 2
+        for thread in (*vcpus_of(pod.id).values(), *others_of(pod.id)):
+            assert cgroups_of(thread) == {cgroup}
+        assert not list(CGROUPS.glob(f"*/kata_overhead/{pod.id}"))
+        # The CPUs are the containers'; other limits are of the cgroup above, and the engine's.
+        assert value("cpuset", cgroup, "cpuset.cpus") == "1"
+        assert value("cpu", cgroup, "cpu.cfs_quota_us") == "-1"
+        assert int(value("memory", cgroup, "memory.limit_in_bytes")) > 1 << 60
+
+        (machine,) = processes_of(pod.id, "qemu-system")
+        cpu, memory = statsp(crictl, pod)
+        assert private_bytes(machine) / 2 < memory < private_bytes(machine) * 2 + 300 * MIB
+        before = metrics(crictl, pod.id)
+        work(pod, container)
+        cpu_after, memory_after = statsp(crictl, pod)
+        assert cpu_after - cpu > 100_000_000
+        assert memory_after - memory > 20 * MIB
+        after = metrics(crictl, pod.id)
+        assert after["cpu.usage_usec"] - before["cpu.usage_usec"] > 100_000
+        assert after["memory.usage"] - before["memory.usage"] > 20 * MIB
+        assert after["memory.usage"] > private_bytes(machine) / 2
+
+        # containerd ends the pod of a shim that died.
+        for shim in processes_of(pod.id, "containerd-shim-kata-py-v2"):
+            os.kill(shim, signal.SIGKILL)
+        wait_for("its cgroups to go", lambda: not list(CGROUPS.glob(f"*{cgroup}")))
+        assert not processes_of(pod.id, "qemu-system")
+
+
+def test_without_it_the_vcpus_alone_are_in_the_pods_cgroup(crictl: Crictl) -> None:
+    with crictl.pod("vcpus") as pod:
+        cgroup, overhead = f"/kpy-test/{pod.name}/kata_{pod.id}", f"/kata_overhead/{pod.id}"
+        container = pod.start("c", *SLEEP, linux=growing("0"))
+        assert len(vcpus_of(pod.id)) == 2
+        for thread in vcpus_of(pod.id).values():
+            assert cgroups_of(thread) == {cgroup}
+        for thread in others_of(pod.id):
+            assert cgroups_of(thread) == {overhead}
+        assert value("cpuset", cgroup, "cpuset.cpus") == "0"
+        assert value("cpuset", overhead, "cpuset.cpus") == value("cpuset", "/", "cpuset.cpus")
+
+        (machine,) = processes_of(pod.id, "qemu-system")
+        cpu, _ = statsp(crictl, pod)
+        before = metrics(crictl, pod.id)
+        work(pod, container)
+        assert statsp(crictl, pod)[0] - cpu > 100_000_000
+        after = metrics(crictl, pod.id)
+        # Of the task, both cgroups.
+        assert after["cpu.usage_usec"] - before["cpu.usage_usec"] > 100_000
+        assert after["memory.usage"] - before["memory.usage"] > 20 * MIB
+        assert after["memory.usage"] > private_bytes(machine) / 2
+        assert after["pids.current"] == len(vcpus_of(pod.id)) + len(others_of(pod.id))
+        # Of a container that is not the pod's own, the guest's.
+        assert metrics(crictl, container)["memory.usage"] < after["memory.usage"]
+
+        for machine in processes_of(pod.id, "qemu-system"):
+            os.kill(machine, signal.SIGKILL)
+        assert pod.wait_exited(container)["exitCode"] == 137
+        crictl("rmp", "--force", pod.id)
+        for path in (cgroup, overhead):
+            assert not list(CGROUPS.glob(f"*{path}"))
+
+
+def test_each_vcpu_has_a_cpu_of_its_own_while_there_are_as_many(crictl: Crictl) -> None:
+    if os.sched_getaffinity(0) != {0, 1}:
+        pytest.skip("for a host of two CPUs")
+    with crictl.pod("pinned", annotations={PINNING: "true"}) as pod:
+
+        def affinities() -> list[set[int]]:
+            return [os.sched_getaffinity(thread) for thread in vcpus_of(pod.id).values()]
+
+        assert affinities() == [{0, 1}]
+        container = pod.start("c", *SLEEP, linux=growing("0-1"))
+        assert affinities() == [{0}, {1}]
+        crictl("update", "--cpuset-cpus", "1", container)
+        assert value("cpuset", f"/kpy-test/{pod.name}/kata_{pod.id}", "cpuset.cpus") == "1"
+        assert affinities() == [{1}, {1}]
+        crictl("update", "--cpuset-cpus", "0-1", container)
+        assert affinities() == [{0}, {1}]
+        # One of them is more than there are CPUs for.
+        refused = crictl("update", "--cpuset-cpus", "0,77", container, check=False)
+        assert refused.returncode != 0
+        assert "cpuset.cpus: '0,77' is refused" in refused.stderr
+        assert pod.exec(container, "echo", "alive").stdout == "alive\n"
+
+
+def test_a_machine_of_a_fixed_size_is_in_its_cgroups_too(ctr: Ctr, container_id: str, config: Config) -> None:
+    options = (
+        *config(
+            {"runtime": {"static_sandbox_resource_mgmt": True}, "hypervisor.qemu": {"default_maxvcpus": 2}}
+        ),
+        *("--cpus", "1"),
+    )
+    with ctr.detached(container_id, "sleep", "1000", options=options):
+        assert len(vcpus_of(container_id)) == 2
+        for thread in vcpus_of(container_id).values():
+            assert cgroups_of(thread) == {f"/default/kata_{container_id}"}
+        for thread in others_of(container_id):
+            assert cgroups_of(thread) == {f"/kata_overhead/{container_id}"}
+        ctr("tasks", "rm", "-f", container_id)
+        assert not list(CGROUPS.glob(f"*/default/kata_{container_id}"))
+        assert not list(CGROUPS.glob(f"*/kata_overhead/{container_id}"))
