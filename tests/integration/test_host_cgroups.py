@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Config
 from cri import Crictl, Pod
 from harness import Ctr, processes_of, wait_for
+from private_containerd import Containerd
 
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_ONLY = "io.katacontainers.config.runtime.sandbox_cgroup_only"
@@ -19,9 +22,17 @@ PINNING = "io.katacontainers.enable_vcpus_pinning"
 SLEEP = ("sleep", "100000")
 MIB = 1 << 20
 
-pytestmark = pytest.mark.skipif(
-    not (CGROUPS / "memory/tasks").exists(), reason="these look at a host with cgroup v1's controllers"
+on_v1 = pytest.mark.skipif(
+    not (CGROUPS / "memory/tasks").exists(), reason="this looks at a host with cgroup v1's controllers"
 )
+
+PURE_V2 = f"""#!/bin/sh
+exec unshare --mount sh -c '
+while mountpoint -q /sys; do umount -R -l /sys || exit 1; done
+mount -t sysfs sysfs /sys && mount -t cgroup2 cgroup2 {CGROUPS} || exit 1
+exec /usr/bin/containerd "$@"' containerd "$@"
+"""
+"""A containerd that, with all it starts, sees a host of cgroup v2 alone."""
 
 
 def threads_of(pid: int) -> dict[int, str]:
@@ -88,6 +99,25 @@ def growing(cpus: str = "") -> dict[str, object]:
     return {"resources": {"cpu_quota": 100_000, "cpu_period": 100_000, "cpuset_cpus": cpus}}
 
 
+@pytest.fixture
+def pure_v2_ctr(tmp_path_factory: pytest.TempPathFactory, containerd: Containerd) -> Iterator[Ctr]:
+    directory = tmp_path_factory.mktemp("v2")
+    binaries = directory / "bin"
+    binaries.mkdir()
+    (binaries / "containerd").write_text(PURE_V2)
+    (binaries / "containerd").chmod(0o755)
+    (binaries / "ctr").symlink_to(containerd.binaries / "ctr")
+    instance = dataclasses.replace(
+        containerd, root=directory / "root", run=directory / "run", binaries=binaries
+    )
+    try:
+        instance.start()
+        yield Ctr(instance)
+    finally:
+        instance.destroy()
+
+
+@on_v1
 def test_with_sandbox_cgroup_only_all_of_a_pod_is_in_its_cgroup_and_counted(crictl: Crictl) -> None:
     with crictl.pod("only", annotations={CGROUP_ONLY: "true"}) as pod:
         cgroup = f"/kpy-test/{pod.name}/kata_{pod.id}"
@@ -122,6 +152,7 @@ def test_with_sandbox_cgroup_only_all_of_a_pod_is_in_its_cgroup_and_counted(cric
         assert not processes_of(pod.id, "qemu-system")
 
 
+@on_v1
 def test_without_it_the_vcpus_alone_are_in_the_pods_cgroup(crictl: Crictl) -> None:
     with crictl.pod("vcpus") as pod:
         cgroup, overhead = f"/kpy-test/{pod.name}/kata_{pod.id}", f"/kata_overhead/{pod.id}"
@@ -156,6 +187,7 @@ def test_without_it_the_vcpus_alone_are_in_the_pods_cgroup(crictl: Crictl) -> No
             assert not list(CGROUPS.glob(f"*{path}"))
 
 
+@on_v1
 def test_each_vcpu_has_a_cpu_of_its_own_while_there_are_as_many(crictl: Crictl) -> None:
     if os.sched_getaffinity(0) != {0, 1}:
         pytest.skip("for a host of two CPUs")
@@ -179,6 +211,7 @@ def test_each_vcpu_has_a_cpu_of_its_own_while_there_are_as_many(crictl: Crictl) 
         assert pod.exec(container, "echo", "alive").stdout == "alive\n"
 
 
+@on_v1
 def test_a_machine_of_a_fixed_size_is_in_its_cgroups_too(ctr: Ctr, container_id: str, config: Config) -> None:
     options = (
         *config(
@@ -195,3 +228,33 @@ def test_a_machine_of_a_fixed_size_is_in_its_cgroups_too(ctr: Ctr, container_id:
         ctr("tasks", "rm", "-f", container_id)
         assert not list(CGROUPS.glob(f"*/default/kata_{container_id}"))
         assert not list(CGROUPS.glob(f"*/kata_overhead/{container_id}"))
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_pods_on_a_host_of_cgroup_v2_alone(
+    pure_v2_ctr: Ctr, container_id: str, config: Config, only: bool
+) -> None:
+    ctr = pure_v2_ctr
+    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    root = next(Path(fields[4]) for fields in mounts if "cgroup2" in fields)
+    cgroup, overhead = f"/default/kata_{container_id}", f"/kata_overhead/{container_id}"
+
+    def cgroup_of(thread: int) -> str:
+        lines = Path(f"/proc/{thread}/cgroup").read_text().splitlines()
+        return next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
+
+    with ctr.detached(
+        container_id, "sleep", "1000", options=config({"runtime": {"sandbox_cgroup_only": only}})
+    ):
+        (machine,) = processes_of(container_id, "qemu-system")
+        # A thread is where its process is.
+        assert {cgroup_of(thread) for thread in threads_of(machine)} == {cgroup}
+        rest = set(others_of(container_id)) - set(threads_of(machine))
+        assert {cgroup_of(thread) for thread in rest} == {cgroup if only else overhead}
+        assert (root / overhead[1:]).exists() is not only
+        os.kill(machine, signal.SIGKILL)
+        wait_for("the end", lambda: ctr.status(container_id) == "STOPPED")
+        # The shim is in it to the end, and the cgroup above may not take processes.
+        ctr("tasks", "rm", "-f", container_id)
+        assert not (root / cgroup[1:]).exists()
+        assert not (root / overhead[1:]).exists()
