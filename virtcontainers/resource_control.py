@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from virtcontainers.device_cgroup import DeviceRule
 from virtcontainers.errors import InvalidArgumentError, KataError
 
 log = logging.getLogger(__name__)
@@ -157,6 +158,19 @@ class ResourceController:
             for name, value in (("cpuset.cpus", cpus), ("cpuset.mems", mems)):
                 if value:
                     _write(directory / name, value)
+
+    def update_devices(self, rules: Iterable[DeviceRule]) -> None:
+        """In their order; v1 only. What the cgroup above does not allow is not allowed here either."""
+        for hierarchy, directory in self._directories():
+            if "devices" not in hierarchy.controllers:
+                continue
+            for rule in rules:
+                try:
+                    (directory / ("devices.allow" if rule.allow else "devices.deny")).write_text(rule.text)
+                except PermissionError:
+                    log.info("cgroup %s: device %s is not allowed above it", directory, rule.text)
+                except OSError as error:
+                    raise KataError(f"{directory}: device {rule.text!r}: {error.strerror}") from error
 
     def _write(self, name: str, text: str) -> None:
         for _, directory in self._directories():
@@ -328,9 +342,10 @@ class PodCgroups:
         """What `ResourceController.delete` needs to undo it all in another process."""
         return [self.sandbox.path, *([self.overhead.path] if self.overhead else [])]
 
-    def enter(self) -> None:
+    def enter(self, devices: Iterable[DeviceRule]) -> None:
         """Make them, and put this process where all that it starts from now on is to be."""
         self.sandbox.create()
+        self.sandbox.update_devices(devices)
         if self.overhead is not None:
             self.overhead.create()
         self.add_processes([os.getpid()])

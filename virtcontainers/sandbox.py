@@ -14,6 +14,7 @@ from virtcontainers import cleanup, persist
 from virtcontainers.agent import KataAgent
 from virtcontainers.config import RUN_VC, ContainerConfig, SandboxConfig, SharedFS
 from virtcontainers.container import Container, ContainerState
+from virtcontainers.device_cgroup import device_rules, sandbox_rules
 from virtcontainers.errors import (
     AlreadyExistsError,
     InvalidArgumentError,
@@ -121,7 +122,14 @@ class Sandbox:
         self.containers[container.id] = container
         self._state.cgroups = self._cgroups.paths
         self.save()
-        self._cgroups.enter()
+        self._cgroups.enter(
+            sandbox_rules(
+                container.resources.get("devices") or [],
+                sandbox_cgroup_only=config.sandbox_cgroup_only,
+                debug=config.hypervisor.enable_debug,
+                others=[Path(config.hypervisor.entropy_source), *_rootfs_sources(container)],
+            )
+        )
         self._cgroups.sandbox.update_cpuset(*cpuset([container.resources]))
         machine = asyncio.create_task(self._get_vm())
         try:
@@ -220,6 +228,7 @@ class Sandbox:
         self.containers[config.id] = container
         try:
             self.save()
+            self._cgroups.sandbox.update_devices(device_rules(_rootfs_sources(container)))
             container.share()
             await self.update_resources()
             await container.create()
@@ -372,6 +381,11 @@ class Sandbox:
             c.id: str(c.config.rootfs.target) for c in self.containers.values() if c.config.rootfs.mounts
         }
         persist.store(self._state)
+
+
+def _rootfs_sources(container: Container) -> list[Path]:
+    """Block devices, for some snapshotters."""
+    return [Path(entry.source) for entry in container.config.rootfs.mounts]
 
 
 def _dns(container: Container) -> list[str]:

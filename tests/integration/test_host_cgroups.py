@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,6 +132,16 @@ def test_with_sandbox_cgroup_only_all_of_a_pod_is_in_its_cgroup_and_counted(cric
         assert value("cpuset", cgroup, "cpuset.cpus") == "1"
         assert value("cpu", cgroup, "cpu.cfs_quota_us") == "-1"
         assert int(value("memory", cgroup, "memory.limit_in_bytes")) > 1 << 60
+
+        # Of the host's devices a machine that was broken out of finds those that a machine needs.
+        assert "c 1:9 rwm" in value("devices", cgroup, "devices.list").splitlines()
+        join = f"echo $$ >{CGROUPS}/devices{cgroup}/cgroup.procs; exec head -c 1"
+        for device, is_allowed in (("/dev/urandom", True), ("/dev/kmsg", False)):
+            opened = subprocess.run(
+                ["sh", "-c", f"{join} {device} >/dev/null"], capture_output=True, text=True
+            )
+            assert (opened.returncode == 0) is is_allowed, opened.stderr
+            assert is_allowed or "Operation not permitted" in opened.stderr
 
         (machine,) = processes_of(pod.id, "qemu-system")
         cpu, memory = statsp(crictl, pod)
