@@ -199,6 +199,19 @@ def test_without_it_the_vcpus_alone_are_in_the_pods_cgroup(crictl: Crictl) -> No
 
 
 @on_v1
+def test_a_pod_that_outgrows_the_engines_limit_ends(crictl: Crictl) -> None:
+    """As the kubelet sets it for the pod: its containers' limits and the RuntimeClass' overhead."""
+    with crictl.pod("outgrown", annotations={CGROUP_ONLY: "true"}) as pod:
+        container = pod.start("c", *SLEEP)
+        limit = CGROUPS / "memory/kpy-test" / pod.name / "memory.limit_in_bytes"
+        limit.write_text(str(statsp(crictl, pod)[1] + 20 * MIB))
+        pod.exec(container, "sh", "-c", "x=$(head -c 100m /dev/zero | tr '\\0' a)", check=False)
+        assert pod.wait_exited(container)["exitCode"] == 137
+        wait_for("the pod's end", lambda: crictl.inspectp(pod.id)["status"]["state"] == "SANDBOX_NOTREADY")
+        assert not processes_of(pod.id, "qemu-system")
+
+
+@on_v1
 def test_each_vcpu_has_a_cpu_of_its_own_while_there_are_as_many(crictl: Crictl) -> None:
     if os.sched_getaffinity(0) != {0, 1}:
         pytest.skip("for a host of two CPUs")
