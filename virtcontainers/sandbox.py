@@ -260,9 +260,13 @@ class Sandbox:
         assert self._vm is not None
         async with self._resizing:
             asked = [c.resources for c in self.containers.values() if c.state is not ContainerState.STOPPED]
-            if not self.config.static_resource_mgmt:
-                await self._resize(asked)
-            self._control_resources(asked)
+            try:
+                if not self.config.static_resource_mgmt:
+                    await self._resize(asked)
+            finally:
+                # Also of a part of the way: what was plugged stays, and is the pod's.
+                self._cgroups.constrain(list(self._vm.hypervisor.get_thread_ids().values()))
+            self._control_cpus(asked)
 
     async def _resize(self, asked: list[dict[str, Any]]) -> None:
         assert self._vm is not None
@@ -280,11 +284,10 @@ class Sandbox:
         if memory_mib < 0 and defaults.enable_virtio_mem:
             await hypervisor.hotunplug_memory(-memory_mib, timeout_s=_UNPLUG_TIMEOUT_S)
 
-    def _control_resources(self, asked: list[dict[str, Any]]) -> None:
-        """Hold the machine to the pod's cgroups and CPUs on the host."""
+    def _control_cpus(self, asked: list[dict[str, Any]]) -> None:
+        """Hold the machine to the pod's CPUs on the host."""
         assert self._vm is not None
         threads = self._vm.hypervisor.get_thread_ids()
-        self._cgroups.constrain(list(threads.values()))
         cpus, mems = cpuset(asked)
         self._cgroups.sandbox.update_cpuset(cpus, mems)
         if not self.config.enable_vcpus_pinning:

@@ -167,7 +167,15 @@ def test_with_sandbox_cgroup_only_all_of_a_pod_is_in_its_cgroup_and_counted(cric
 def test_without_it_the_vcpus_alone_are_in_the_pods_cgroup(crictl: Crictl) -> None:
     with crictl.pod("vcpus") as pod:
         cgroup, overhead = f"/kpy-test/{pod.name}/kata_{pod.id}", f"/kata_overhead/{pod.id}"
-        container = pod.start("c", *SLEEP, linux=growing("0"))
+        container = pod.start("c", *SLEEP)
+        assert len(vcpus_of(pod.id)) == 1
+        more = ("--cpu-period", "100000", "--cpu-quota", "100000", "--cpuset-cpus", "0")
+        refused = crictl("update", *more, "--memory", str(1 << 50), container, check=False)
+        assert "default_maxmemory" in refused.stderr
+        for thread in vcpus_of(pod.id).values():
+            assert cgroups_of(thread) == {cgroup}
+        assert value("cpuset", cgroup, "cpuset.cpus") != "0"
+        crictl("update", *more, container)
         assert len(vcpus_of(pod.id)) == 2
         for thread in vcpus_of(pod.id).values():
             assert cgroups_of(thread) == {cgroup}
