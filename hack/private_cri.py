@@ -17,6 +17,9 @@ REPO = Path(__file__).resolve().parent.parent
 CACHE = Path("/var/cache/kata-py")
 KUBERNETES = REPO / "hack/kubernetes"
 RUNTIME_HANDLER = "kata-py"
+HOST_DEVICES_HANDLER = "kata-py-host-devices"
+"""Of containerd 1.x alone: as containerd has it when nobody sets privileged_without_host_devices."""
+
 NAMESPACE = "k8s.io"
 """The CRI plugin's in containerd."""
 
@@ -105,7 +108,10 @@ def containerd_settings(major: int, run: Path) -> str:
 [plugins."io.containerd.grpc.v1.cri".cni]
   bin_dir = "{bin_dir}"
   conf_dir = "{run}/cni"
-{drop_in}"""
+{drop_in}
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{HOST_DEVICES_HANDLER}]
+  runtime_type = "io.containerd.kata-py.v2"
+"""
     return f"""
 [plugins."io.containerd.cri.v1.images".pinned_images]
   sandbox = "{PAUSE_IMAGE}"

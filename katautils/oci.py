@@ -24,9 +24,10 @@ if TYPE_CHECKING:
         SandboxConfig,
     )
 
+CRI_O_CONTAINER_TYPE = "io.kubernetes.cri-o.ContainerType"
 CONTAINER_TYPE_ANNOTATIONS = (
     "io.kubernetes.cri.container-type",
-    "io.kubernetes.cri-o.ContainerType",
+    CRI_O_CONTAINER_TYPE,
     "io.kubernetes.docker.type",
 )
 SANDBOX_ID_ANNOTATIONS = (
@@ -202,6 +203,12 @@ def container_config(
     spec says. Raises InvalidArgumentError."""
     from virtcontainers.config import ContainerConfig, RootFs
 
+    _check_devices(spec, container_id)
+    if any(namespace["type"] == "user" for namespace in spec["linux"].get("namespaces", [])):
+        raise _invalid(
+            f"container {container_id}: found a user namespace in linux.namespaces, expected none: its "
+            "machine has users of its own"
+        )
     target = bundle / "rootfs" if rootfs else bundle / spec["root"]["path"]
     type_ = container_type(spec)
     # Kata's agent, and its policies, look for these two. Policy and init data are not the container's.
@@ -229,6 +236,8 @@ def sandbox_config(
         is_pod = container.container_type is ContainerType.POD_SANDBOX
         sizing = sandbox_sizing(spec) if is_pod else container_sizing(spec)
         hypervisor = _with_workload(config, *sizing)
+    if not config.disable_new_netns:
+        _check_network(spec, container_id)
     network = next((n.get("path") for n in spec["linux"].get("namespaces", []) if n["type"] == "network"), "")
     return SandboxConfig(
         id=container_id,
@@ -254,6 +263,39 @@ def sandbox_config(
         guest_selinux_label=config.guest_selinux_label,
         create_container_timeout_s=config.create_container_timeout_s,
     )
+
+
+def _check_network(spec: OCISpec, container_id: str) -> None:
+    """Without a namespace in the list a container has its runtime's, without a path a new one: runtime-spec,
+    config-linux.md#namespaces. Raises InvalidArgumentError for the host's."""
+    networks = [n for n in spec["linux"].get("namespaces", []) if n["type"] == "network"]
+    if networks and not _is_own_network(networks[0].get("path", "")):
+        return
+    raise _invalid(
+        f"container {container_id}: found the host's network in linux.namespaces, expected a network "
+        "namespace: a machine cannot be in the host's (hostNetwork, --net-host)"
+    )
+
+
+def _is_own_network(path: str) -> bool:
+    try:
+        return bool(path) and Path(path).samefile("/proc/self/ns/net")
+    except OSError:
+        return False  # who joins it says what is wrong with it
+
+
+def _check_devices(spec: OCISpec, container_id: str) -> None:
+    """Character devices become nodes with the same numbers in the guest, as with Kata. A disk's numbers would
+    be those of one of the guest's own. Raises InvalidArgumentError naming the device."""
+    for device in spec["linux"].get("devices", []):
+        path = device["path"]
+        if device["type"] == "b" or (path.startswith("/dev/vfio/") and path != "/dev/vfio/vfio"):
+            kind = "block" if device["type"] == "b" else "VFIO"
+            raise _invalid(
+                f"container {container_id}: found the host's {kind} device {path} in linux.devices, expected "
+                "none: it cannot be given to the machine (for privileged containers set "
+                "privileged_without_host_devices = true at the runtime in containerd's configuration)"
+            )
 
 
 def shm_size(spec: OCISpec) -> int:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from katautils import create as katautils_create
+from katautils.oci import CRI_O_CONTAINER_TYPE
 from shim.events import Publisher
 from shim.protocols import events_pb2, types_pb2
 from shim.protocols.task_types_pb2 import CREATED, PAUSED, PAUSING, RUNNING, STOPPED, Status
@@ -120,6 +121,11 @@ class TaskContainer:
     @property
     def id(self) -> str:
         return self.init.container_id
+
+    @property
+    def is_cri_os(self) -> bool:
+        """CRI-O hears no events: it looks for a file in the bundle."""
+        return self.container is not None and CRI_O_CONTAINER_TYPE in self.container.config.annotations
 
     def tasks(self) -> Iterator[Task]:
         """The execs, then the init: the order of their exits."""
@@ -549,6 +555,10 @@ class Pod:
                 continue
             log.warning("out of memory", extra={"sandbox": sandbox.id, "container": container_id})
             self._publisher.publish(events_pb2.TaskOOM(container_id=container_id))
+            container = self._containers.get(container_id)
+            if container is not None and container.is_cri_os:
+                with suppress(OSError):
+                    (container.bundle / "oom").touch()
 
     def _begin_teardown(self) -> None:
         """End the machine; what is on the host stays for `delete`."""

@@ -23,7 +23,7 @@ from private_containerd import TEST_IMAGE, Containerd
 
 Json = dict[str, Any]
 
-CONTAINER, POD = 1, 0
+CONTAINER, POD, NODE = 1, 0, 2
 """CRI's NamespaceMode."""
 
 

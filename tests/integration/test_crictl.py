@@ -314,3 +314,11 @@ def test_newer_containerds_run_pods_too(newer_crictl: Crictl) -> None:
         assert trusted.stdout == "read\n", trusted.stderr
         crictl("stop", container)
         assert crictl.status(container)["state"] == "CONTAINER_EXITED"
+    ids = [{"host_id": 100000, "container_id": 0, "length": 65536}]
+    options = {"userns_options": {"mode": POD, "uids": ids, "gids": ids}}
+    linux = {"security_context": {"namespace_options": options}}
+    with (
+        pytest.raises(AssertionError, match=r"found a user namespace in linux\.namespaces, expected none"),
+        crictl.pod("users", linux=linux),
+    ):
+        pass

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cri import POD, Crictl, Pod
+from cri import NODE, POD, Crictl, Pod
 from harness import wait_for
+from private_cri import HOST_DEVICES_HANDLER
 
 SLEEP = ("sleep", "100000")
 RUNTIME_DEFAULT, UNCONFINED, LOCALHOST = 0, 1, 2
@@ -183,3 +185,36 @@ def test_environment_and_arguments(pod: Pod) -> None:
         envs=[{"key": "WHO", "value": "me"}],
     )
     assert found.stdout == "me one two words\n"
+
+
+def test_the_hosts_processes_and_ipc_are_the_machines(crictl: Crictl) -> None:
+    """A pod of hostPID and hostIPC: there is no host in its machine, so all is the pod's."""
+    namespaces = {"pid": NODE, "ipc": NODE}
+    with crictl.pod("hostly", linux={"security_context": {"namespace_options": namespaces}}) as pod:
+        script = "echo hello >/dev/shm/note; exec sleep 4711"
+        one = pod.start("one", "sh", "-c", script)
+        wait_for("its note", lambda: pod.exec(one, "ls", "/dev/shm").stdout)
+        found = pod.run("two", "sh", "-c", "cat /dev/shm/note; readlink /proc/self/ns/ipc; ps").stdout
+        assert found.startswith(f"hello\n{pod.exec(one, 'readlink', '/proc/self/ns/ipc').stdout}")
+        assert "sleep 4711" in found
+        assert "containerd" not in found
+        assert not Path("/dev/shm/note").exists()
+
+
+def test_the_hosts_network_is_refused(crictl: Crictl) -> None:
+    config = {"security_context": {"namespace_options": {"network": NODE}}}
+    with (
+        pytest.raises(AssertionError, match=r"found the host's network in linux\.namespaces"),
+        crictl.pod("hostnet", linux=config),
+    ):
+        pass
+
+
+def test_host_devices_of_a_privileged_container_are_refused_by_name(crictl: Crictl) -> None:
+    context = {"security_context": {"privileged": True}}
+    with crictl.pod("devices", handler=HOST_DEVICES_HANDLER, linux=context) as pod:
+        container = pod.create("c", *SLEEP, linux=context)
+        refused = crictl("start", container, check=False)
+        assert refused.returncode != 0
+        assert re.search("found the host's block device /dev/[a-z0-9/-]+ in linux.devices", refused.stderr)
+        assert "privileged_without_host_devices = true" in refused.stderr

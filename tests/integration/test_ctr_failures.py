@@ -111,6 +111,21 @@ def test_a_wrong_configuration_names_file_key_and_value(
     assert all(name in error for name in (*named, options[-1]))
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--net-host",), "the host's network"),
+        (("--with-ns", "network:/proc/self/ns/net"), "the host's network"),
+        (("--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536"), "a user namespace"),
+    ],
+)
+def test_what_a_machine_cannot_have_of_the_host_is_refused(
+    ctr: Ctr, container_id: str, options: tuple[str, ...], named: str
+) -> None:
+    error = refusal(ctr, container_id, options)
+    assert f"container {container_id}: found {named} in linux.namespaces, expected" in error
+
+
 def test_a_second_container_of_the_same_name_is_refused(ctr: Ctr, container_id: str) -> None:
     with ctr.detached(container_id, "sleep", "1000"):
         result = subprocess.run(

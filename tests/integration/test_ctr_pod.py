@@ -20,6 +20,15 @@ def cri(kind: str, pod: str) -> tuple[str, ...]:
     )
 
 
+def cri_o(kind: str, pod: str) -> tuple[str, ...]:
+    """As `cri`, of CRI-O."""
+    prefix = "io.kubernetes.cri-o"
+    return (
+        *("--annotation", f"{prefix}.ContainerType={kind}"),
+        *("--annotation", f"{prefix}.SandboxID={pod}"),
+    )
+
+
 def events_of(text: str, container_id: str) -> list[tuple[str, dict[str, Any]]]:
     found = [(topic, json.loads(body)) for topic, body in re.findall(r" /tasks/(\S+) (\{.*\})", text)]
     return [(topic, body) for topic, body in found if body["container_id"] == container_id]
@@ -40,6 +49,26 @@ def test_containers_of_a_pod_share_machine_and_shim(every_ctr: Ctr, container_id
         failed = ctr.run(f"{container_id}-four", "no-such-command", options=joins)
         assert failed.returncode == 127
         assert ctr.exec(container_id, *boot_id).stdout == machine, "the pod goes on"
+
+
+def test_a_pod_of_cri_o_is_one_machine(ctr: Ctr, container_id: str) -> None:
+    boot_id = ("cat", "/proc/sys/kernel/random/boot_id")
+    with ctr.detached(container_id, "sleep", "1000", options=cri_o("sandbox", container_id)):
+        joins = cri_o("container", container_id)
+        one = ctr.run(f"{container_id}-one", *boot_id, options=joins)
+        assert (one.returncode, one.stdout) == (0, ctr.exec(container_id, *boot_id).stdout)
+        assert len(processes_of(container_id, "containerd-shim-kata-py-v2")) == 1
+        assert len(processes_of(container_id, "qemu-system")) == 1
+        # CRI-O learns from a file in the bundle what containerd learns from an event.
+        hungry = ("sh", "-c", "text=a; while :; do text=$text$text; done")
+        options = ("--memory-limit", str(24 << 20), *joins)
+        with ctr.detached(f"{container_id}-two", *hungry, options=options):
+            bundle = (
+                ctr.containerd.run / "state/io.containerd.runtime.v2.task/default" / f"{container_id}-two"
+            )
+            wait_for("its end", lambda: ctr.status(f"{container_id}-two") == "STOPPED")
+            wait_for("the file", lambda: (bundle / "oom").exists())
+        assert not (bundle.with_name(container_id) / "oom").exists()
 
 
 def test_a_container_cannot_join_a_pod_that_is_not_there(ctr: Ctr, container_id: str) -> None:

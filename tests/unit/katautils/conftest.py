@@ -60,7 +60,7 @@ def spec() -> dict[str, Any]:
         "ociVersion": "1.2.0",
         "process": {"args": ["sh"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
         "root": {"path": "rootfs"},
-        "linux": {},
+        "linux": {"namespaces": [{"type": "network"}]},
     }
 
 

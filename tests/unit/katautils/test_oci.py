@@ -244,6 +244,68 @@ def test_a_sandbox_takes_its_configuration_and_its_network(
     assert oci.sandbox_config(spec, config, tmp_path, "c1", []).network.network_namespace is None
 
 
+@pytest.mark.parametrize("namespaces", [[], [{"type": "network", "path": "/proc/self/ns/net"}]])
+def test_the_hosts_network_is_refused(
+    spec: dict[str, Any], tmp_path: Path, load: Callable[..., RuntimeConfig], namespaces: list[dict[str, str]]
+) -> None:
+    spec["linux"]["namespaces"] = namespaces
+    with pytest.raises(
+        InvalidArgumentError, match=r"^container c1: found the host's network in linux\.namesp"
+    ):
+        oci.sandbox_config(spec, load(), tmp_path, "c1", [])
+    # Who has turned off the network of machines knows.
+    config = load(runtime={"disable_new_netns": True, "internetworking_model": "none"})
+    assert oci.sandbox_config(spec, config, tmp_path, "c1", []).network.disable_new_network
+
+
+@pytest.mark.parametrize("path", ["", "/proc/1/ns/ipc", "/no/such/netns"])
+def test_another_network_is_not_the_hosts(
+    spec: dict[str, Any], tmp_path: Path, load: Callable[..., RuntimeConfig], path: str
+) -> None:
+    spec["linux"]["namespaces"] = [{"type": "network", "path": path}]
+    assert oci.sandbox_config(spec, load(), tmp_path, "c1", []).id == "c1"
+
+
+def test_a_container_of_a_pod_has_its_pods_network(spec: dict[str, Any], tmp_path: Path) -> None:
+    spec["annotations"] = CRI
+    for namespaces in ([], [{"type": "network", "path": "/proc/self/ns/net"}]):
+        spec["linux"]["namespaces"] = namespaces
+        assert oci.container_config(spec, tmp_path, "c1", []).id == "c1"
+
+
+def test_a_user_namespace_is_refused(spec: dict[str, Any], tmp_path: Path) -> None:
+    spec["linux"]["namespaces"] = [{"type": "user"}]
+    with pytest.raises(
+        InvalidArgumentError, match=r"container c1: found a user namespace in linux\.namespaces"
+    ):
+        oci.container_config(spec, tmp_path, "c1", [])
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [
+        ({"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}, "block"),
+        ({"path": "/dev/vfio/12", "type": "c", "major": 240, "minor": 1}, "VFIO"),
+        ({"path": "/dev/vfio/vfio", "type": "c", "major": 10, "minor": 196}, None),
+        ({"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}, None),
+        ({"path": "/dev/pipe", "type": "p"}, None),
+    ],
+)
+def test_devices_that_the_machine_cannot_have_are_refused_by_name(
+    spec: dict[str, Any], tmp_path: Path, device: dict[str, Any], kind: str | None
+) -> None:
+    spec["linux"]["devices"] = [device]
+    if kind is None:
+        assert oci.container_config(spec, tmp_path, "c1", []).spec["linux"]["devices"] == [device]
+        return
+    with pytest.raises(InvalidArgumentError) as refused:
+        oci.container_config(spec, tmp_path, "c1", [])
+    assert f"container c1: found the host's {kind} device {device['path']} in linux.devices" in str(
+        refused.value
+    )
+    assert "privileged_without_host_devices = true" in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("mount", "expected"),
     [

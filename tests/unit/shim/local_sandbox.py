@@ -112,7 +112,7 @@ class LocalContainer:
     def __init__(self, sandbox: LocalSandbox, container_id: str, spec: dict[str, Any]) -> None:
         self.sandbox = sandbox
         self.id = container_id
-        self.config = SimpleNamespace(container_type=ContainerType.SINGLE_CONTAINER)
+        self.config = SimpleNamespace(container_type=ContainerType.SINGLE_CONTAINER, annotations={})
         self.state = ContainerState.CREATED
         self.process = LocalProcess(sandbox, container_id, spec["process"])
         self.processes: dict[str, LocalProcess] = {}

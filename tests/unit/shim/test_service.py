@@ -453,6 +453,12 @@ def test_out_of_memory(tmp_path: Path) -> None:
         assert shim.kata.sandbox
         shim.kata.sandbox.oom.put_nowait("c1")
         await until(lambda: "TaskOOM" in shim.events.names)
+        assert not list(tmp_path.rglob("oom"))
+        # CRI-O hears no events, and looks for a file in the bundle.
+        container = shim.kata.sandbox.containers["c1"]
+        container.config.annotations["io.kubernetes.cri-o.ContainerType"] = "container"
+        shim.kata.sandbox.oom.put_nowait("c1")
+        await until(lambda: list(tmp_path.rglob("oom")))
 
     run(tmp_path, body)
 
