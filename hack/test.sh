@@ -24,7 +24,8 @@ check "types" "$bin/mypy"
 check "types of the tests' harness" env MYPYPATH=hack:tests/integration "$bin/mypy" --explicit-package-bases hack tests/integration
 check "imports point one way" "$bin/lint-imports"
 check "generated code is up to date" hack/generate-protos --check
-# The fast ones first.
-check "tests" "$bin/python" -m pytest --durations=10 tests/unit tests/integration "$@"
+# Two at a time, a file's tests together, each worker with a host of its own to look at. The longest files first.
+check "tests" "$bin/python" -m pytest --durations=10 -p no:cacheprovider --dist loadfile \
+    --tx "2*popen//python=$repo/hack/isolated-python" tests/unit tests/integration "$@"
 
 [ "${#failed[@]}" = 0 ] || die "failed: $(printf '%s; ' "${failed[@]}")"

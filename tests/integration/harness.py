@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import re
 import subprocess
 import time
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from host_state import RUN
 from private_containerd import RUNTIME, TEST_IMAGE, Containerd
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ _numbers = itertools.count(1)
 
 def new_id(name: str) -> str:
     """A container id nobody else has, on this machine."""
-    return f"{re.sub('[^a-z0-9]+', '-', name.lower())[:40].strip('-')}-{os.getpid()}-{next(_numbers)}"
+    return f"{re.sub('[^a-z0-9]+', '-', name.lower())[:40].strip('-')}-{RUN}-{next(_numbers)}"
 
 
 def wait_for(what: str, look: Callable[[], T | None], timeout_s: float = TIMEOUT_S) -> T:

@@ -14,7 +14,10 @@ from pathlib import Path
 
 from private_cri import BRIDGE_PREFIX
 
-own_ids = {f"-{os.getpid()}-"}
+RUN = os.urandom(3).hex()
+"""Of this run of tests; pids are of a namespace, and cgroups of the host."""
+
+own_ids = {f"-{RUN}-"}
 """In the ids of all containers and pods of this test run: `harness.new_id`'s, and the CRI plugin's."""
 
 own_directories: set[Path] = set()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from host_state import RUN
 from test_template_guest import mount_share, run_in_guest
 
 from agent_client.protocols import agent_pb2
@@ -45,7 +46,7 @@ _numbers = itertools.count(1)
 
 
 def new_id() -> str:
-    return f"test-hotplug-{os.getpid()}-{next(_numbers)}"
+    return f"test-hotplug-{RUN}-{next(_numbers)}"
 
 
 @pytest.fixture(scope="module")

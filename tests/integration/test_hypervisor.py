@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from host_state import RUN
 
 from agent_client.protocols import agent_pb2, health_pb2
 from ttrpc import StatusError
@@ -47,7 +48,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="machines need root")
 
 @pytest.fixture
 def vm_id() -> str:
-    return f"test-hypervisor-{os.getpid()}-{next(_numbers)}"
+    return f"test-hypervisor-{RUN}-{next(_numbers)}"
 
 
 @pytest.fixture

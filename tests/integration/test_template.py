@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 from harness import new_id
+from host_state import RUN
 from test_hypervisor import REPO, daemon, runs, wait_gone
 from test_sandbox import container_config, run, sandbox_config, spec
 from test_template_guest import clock_is_off_by, ignore_plan, run_in_guest, running, template_machine
@@ -75,7 +76,7 @@ _numbers = itertools.count(1)
 
 
 def new_path() -> Path:
-    return RUN_VC / f"vm/template-test-{os.getpid()}-{next(_numbers)}"
+    return RUN_VC / f"vm/template-test-{RUN}-{next(_numbers)}"
 
 
 @pytest.fixture(scope="module")

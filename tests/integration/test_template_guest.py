@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from host_state import RUN
 
 from agent_client.protocols import agent_pb2, health_pb2, oci_json
 from ttrpc import Code, StatusError
@@ -40,7 +41,7 @@ _numbers = itertools.count(1)
 
 
 def new_id() -> str:
-    return f"test-template-guest-{os.getpid()}-{next(_numbers)}"
+    return f"test-template-guest-{RUN}-{next(_numbers)}"
 
 
 @pytest.fixture(scope="module")
