@@ -273,10 +273,11 @@ class Sandbox:
         hypervisor, defaults = self._vm.hypervisor, self.config.hypervisor
         vcpus = wanted_vcpus(defaults.default_vcpus, asked) - hypervisor.vcpus
         memory_mib = wanted_memory_mib(defaults.default_memory_mib, asked) - hypervisor.memory_mib
-        if vcpus > 0:
-            await self._vm.add_cpus(vcpus)
+        # Memory can be refused, vCPUs are as many as there may be: who is refused has got nothing.
         if memory_mib > 0:
             await self._vm.add_memory(memory_mib)
+        if vcpus > 0:
+            await self._vm.add_cpus(vcpus)
         # Also what an earlier container has plugged and then not waited for.
         await self._vm.online_cpu_memory()
         if vcpus < 0:

@@ -172,6 +172,7 @@ def test_without_it_the_vcpus_alone_are_in_the_pods_cgroup(crictl: Crictl) -> No
         more = ("--cpu-period", "100000", "--cpu-quota", "100000", "--cpuset-cpus", "0")
         refused = crictl("update", *more, "--memory", str(1 << 50), container, check=False)
         assert "default_maxmemory" in refused.stderr
+        assert len(vcpus_of(pod.id)) == 1, "who is refused has got nothing"
         for thread in vcpus_of(pod.id).values():
             assert cgroups_of(thread) == {cgroup}
         assert value("cpuset", cgroup, "cpuset.cpus") != "0"
