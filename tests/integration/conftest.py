@@ -100,7 +100,11 @@ def newer_crictl(
 def _cri_instance(suite: str, directory: Path) -> Iterator[Crictl]:
     """Whatever it has for its pods is gone at the end."""
     factory = {"enable_template": True, "template_path": str(directory / "template")}
-    instance = _start(suite, directory, settings={"factory": factory}, cri=True)
+    settings: Settings = {
+        "factory": factory,
+        "hypervisor.qemu": {"enable_annotations": ["enable_virtio_mem"]},
+    }
+    instance = _start(suite, directory, settings=settings, cri=True)
     try:
         # Now, and not while somebody looks at what a test leaves behind.
         instance.kata_py("factory", "init")
