@@ -26,6 +26,6 @@ check "imports point one way" "$bin/lint-imports"
 check "generated code is up to date" hack/generate-protos --check
 # Two at a time, a file's tests together, each worker with a host of its own to look at. The longest files first.
 check "tests" "$bin/python" -m pytest --durations=10 -p no:cacheprovider --dist loadfile \
-    --tx "2*popen//python=$repo/hack/isolated-python" tests/unit tests/integration "$@"
+    --tx "2*popen//python=hack/isolated-python" tests/unit tests/integration "$@"
 
 [ "${#failed[@]}" = 0 ] || die "failed: $(printf '%s; ' "${failed[@]}")"
