@@ -229,7 +229,8 @@ class Container:
         cpu = {k: v for k, v in (resources.get("cpu") or {}).items() if k not in ("cpus", "mems")}
         try:
             await self.sandbox.update_resources()
-            await self.sandbox.agent.update_container(self.id, {**resources, "cpu": cpu})
+            others = {k: v for k, v in resources.items() if k != "cpu"}
+            await self.sandbox.agent.update_container(self.id, {**others, "cpu": cpu} if cpu else others)
         except BaseException:
             self.resources = before
             raise

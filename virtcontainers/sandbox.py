@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -263,10 +264,17 @@ class Sandbox:
             try:
                 if not self.config.static_resource_mgmt:
                     await self._resize(asked)
-            finally:
-                # Also of a part of the way: what was plugged stays, and is the pod's.
-                self._cgroups.constrain(list(self._vm.hypervisor.get_thread_ids().values()))
+            except BaseException:
+                # Of a part of the way: what was plugged stays, and is the pod's.
+                with contextlib.suppress(KataError):
+                    self._constrain()
+                raise
+            self._constrain()
             self._control_cpus(asked)
+
+    def _constrain(self) -> None:
+        assert self._vm is not None
+        self._cgroups.constrain(list(self._vm.hypervisor.get_thread_ids().values()))
 
     async def _resize(self, asked: list[dict[str, Any]]) -> None:
         assert self._vm is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -38,9 +39,11 @@ exec /usr/bin/containerd "$@"' containerd "$@"
 
 def threads_of(pid: int) -> dict[int, str]:
     """Their ids, with their names."""
-    return {
-        int(task.name): (task / "comm").read_text().strip() for task in Path(f"/proc/{pid}/task").iterdir()
-    }
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found[int(task.name)] = (task / "comm").read_text().strip()
+    return found
 
 
 def cgroups_of(thread_id: int) -> set[str]:
@@ -195,7 +198,12 @@ def test_without_it_the_vcpus_alone_are_in_the_pods_cgroup(crictl: Crictl) -> No
         assert after["cpu.usage_usec"] - before["cpu.usage_usec"] > 100_000
         assert after["memory.usage"] - before["memory.usage"] > 20 * MIB
         assert after["memory.usage"] > private_bytes(machine) / 2
-        assert after["pids.current"] == len(vcpus_of(pod.id)) + len(others_of(pod.id))
+
+        def counted() -> bool:
+            threads = len(vcpus_of(pod.id)) + len(others_of(pod.id))
+            return metrics(crictl, pod.id)["pids.current"] == threads
+
+        wait_for("all of its threads, which come and go, to be counted", counted)
         # Of a container that is not the pod's own, the guest's.
         assert metrics(crictl, container)["memory.usage"] < after["memory.usage"]
 
