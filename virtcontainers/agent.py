@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_client.client import AgentClient
@@ -129,12 +129,21 @@ class KataAgent:
             await self.client.destroy_sandbox(agent_pb2.DestroySandboxRequest(), timeout_s=timeout_s)
 
     async def create_container(
-        self, container_id: str, spec: OCISpec, *, sandbox_pidns: bool, timeout_s: float
+        self,
+        container_id: str,
+        spec: OCISpec,
+        *,
+        sandbox_pidns: bool,
+        timeout_s: float,
+        storages: Sequence[agent_pb2.Storage] = (),
+        devices: Sequence[agent_pb2.Device] = (),
     ) -> None:
         request = agent_pb2.CreateContainerRequest(
             container_id=container_id,
             exec_id=container_id,
             OCI=oci_json.spec_from_json(spec),
+            storages=storages,
+            devices=devices,
             sandbox_pidns=sandbox_pidns,
         )
         with translated(f"CreateContainer {container_id}"):

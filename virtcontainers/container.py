@@ -124,6 +124,10 @@ class Container:
         self._exit_watch: asyncio.Task[None] | None = None
         self._guest_spec: dict[str, Any] = {}
         self._sandbox_pidns = False
+        self._storages: list[agent_pb2.Storage] = []
+        """What the guest mounts for this container, in this order."""
+        self._devices: list[agent_pb2.Device] = []
+        """What of `linux.devices` was plugged into the machine."""
 
     def require(self, *states: ContainerState) -> None:
         """Raise FailedPreconditionError unless the container is in one of `states`."""
@@ -167,6 +171,8 @@ class Container:
             self._guest_spec,
             sandbox_pidns=self._sandbox_pidns,
             timeout_s=self.sandbox.config.create_container_timeout_s,
+            storages=self._storages,
+            devices=self._devices,
         )
         self._guest_spec = {}
 

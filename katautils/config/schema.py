@@ -278,7 +278,7 @@ HYPERVISOR: Table = {
     "seccompsandbox": Key(STRING, "seccompsandbox"),
     "seccomp_sandbox": Key(STRING, "seccompsandbox"),  # runtime-rs
     "disable_seccomp": Key(BOOL),
-    "default_bridges": Key(UINT32, "default_bridges", idle=(1,), inert=True),
+    "default_bridges": Key(UINT32, "default_bridges"),
     "hot_plug_vfio": Key(VFIO_PORT, idle=("no-port",)),
     "cold_plug_vfio": Key(VFIO_PORT, idle=("no-port",)),
     "hotplug_vfio_on_root_bus": Key(BOOL),

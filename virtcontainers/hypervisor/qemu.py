@@ -32,7 +32,9 @@ from virtcontainers.hypervisor.logs import ConsoleLog, with_tail
 from virtcontainers.hypervisor.memory_file import copy_extents
 from virtcontainers.hypervisor.process import MachineProcess, end_processes
 from virtcontainers.hypervisor.qemu_cmdline import (
+    BRIDGE_SLOTS,
     HOTPLUG_PORTS,
+    BridgeSlot,
     MachineFiles,
     QemuCommandLine,
     copies_memory,
@@ -110,6 +112,9 @@ class Qemu(Hypervisor):
         self._memory_mib = config.default_memory_mib
         self._hotplug: Hotplug | None = None
         self._free_ports = [f"rp{number}" for number in range(HOTPLUG_PORTS + config.pcie_root_port)]
+        self._free_slots = [
+            BridgeSlot(bridge, slot) for bridge in range(config.default_bridges) for slot in BRIDGE_SLOTS
+        ]
 
     # -- planning
 
@@ -334,6 +339,19 @@ class Qemu(Hypervisor):
                 f"all {ports} pcie-root-ports are used (pcie_root_port in [hypervisor.qemu])"
             )
         return self._free_ports.pop(0)
+
+    def take_slot(self) -> BridgeSlot:
+        """A free slot of a PCI bridge, for a device that needs no PCIe. Raises HypervisorError."""
+        if not self._free_slots:
+            slots = self.config.default_bridges * len(BRIDGE_SLOTS)
+            raise HypervisorError(
+                f"all {slots} slots of the PCI bridges are used (default_bridges in [hypervisor.qemu])"
+            )
+        return self._free_slots.pop(0)
+
+    def give_back_slot(self, slot: BridgeSlot) -> None:
+        """Once what was in it has gone."""
+        self._free_slots.append(slot)
 
     async def _start_daemons(self, deadline: float) -> None:
         if self._virtiofsd is not None:

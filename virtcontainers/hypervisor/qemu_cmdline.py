@@ -21,6 +21,12 @@ AGENT_CHANNEL = "agent.channel.0"
 HOTPLUG_PORTS = 4
 """Empty pcie-root-ports beside those the configuration asks for; one costs 20 ms of an emulated boot."""
 
+BRIDGE_SLOTS = range(1, 31)
+"""Of a PCI bridge, as in Kata."""
+
+_FIRST_BRIDGE = 2
+"""The first bridge's slot on the root bus, as in Kata."""
+
 _NVDIMM_ROOT = "/dev/pmem0p1"
 _TCG_TB_SIZE_MIB = 128
 
@@ -37,6 +43,28 @@ class FdPath:
     """The path of a file that QEMU inherits open."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class BridgeSlot:
+    """A slot of one of the machine's PCI bridges (`default_bridges`), for a device to be plugged in."""
+
+    bridge: int
+    slot: int
+
+    @property
+    def place(self) -> dict[str, object]:
+        """`device_add`'s arguments."""
+        return {"bus": _bridge_id(self.bridge), "addr": f"{self.slot:#x}"}
+
+    @property
+    def pci_path(self) -> str:
+        """As the agent wants it: the bridge's slot and the device's, in hexadecimal."""
+        return f"{_FIRST_BRIDGE + self.bridge:02x}/{self.slot:02x}"
+
+
+def _bridge_id(number: int) -> str:
+    return f"pci-bridge-{number}"
 
 
 Value = str | int | bool | Path | Fd | FdPath
@@ -199,6 +227,13 @@ def plan(
     monitors: list[Option] = []
     fsdevs: list[Option] = []
     devices: list[Option] = []
+
+    # First, so that nothing else takes their slots. Windows of their own: SeaBIOS gives an empty bridge none.
+    for number in range(config.default_bridges):
+        bridge: dict[str, Value] = {"id": _bridge_id(number), "bus": "pcie.0", "chassis_nr": number + 1}
+        reserved: dict[str, Value] = {"io-reserve": "4k", "mem-reserve": "1M", "pref64-reserve": "1M"}
+        slot = f"{_FIRST_BRIDGE + number:#x}"
+        devices.append(Option("pci-bridge", {**bridge, "addr": slot, "shpc": False, **reserved}))
 
     if backend is not None:
         objects.append(backend)

@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 
 from virtcontainers.config import Accel, AgentConfig, AgentTransport, HypervisorConfig, SharedFS
-from virtcontainers.hypervisor.qemu_cmdline import Fd, MachineFiles, Option, QemuCommandLine, plan
+from virtcontainers.hypervisor.qemu_cmdline import (
+    BridgeSlot,
+    Fd,
+    MachineFiles,
+    Option,
+    QemuCommandLine,
+    plan,
+)
 
 CONFIG = HypervisorConfig(
     kernel=Path("/k/vmlinux"),
@@ -74,6 +81,11 @@ def test_the_whole_command_line() -> None:
         *("-chardev", "socket,id=agent,fd=11,server=on,wait=off"),
         *("-mon", "qmp,mode=control"),
         *("-fsdev", "local,id=share,path=/shared,security_model=none,multidevs=remap"),
+        *(
+            "-device",
+            "pci-bridge,id=pci-bridge-0,bus=pcie.0,chassis_nr=1,addr=0x2,shpc=off,io-reserve=4k,mem-reserve=1M,"
+            "pref64-reserve=1M",
+        ),
         *("-device", "isa-serial,chardev=console"),
         *("-device", "virtio-rng-pci,rng=rng0,disable-legacy=on"),
         *("-device", "virtio-serial-pci,id=serial0,disable-legacy=on"),
@@ -255,3 +267,10 @@ def test_root_ports_beside_those_that_are_always_there() -> None:
     ports = [d for d in planned(pcie_root_port=2).devices if d.first == "pcie-root-port"]
     assert len(ports) == 6
     assert len({d.properties["chassis"] for d in ports}) == 6
+
+
+def test_the_agent_finds_a_bridges_slot_by_its_pci_path() -> None:
+    bridges = [d for d in planned(default_bridges=2).devices if d.first == "pci-bridge"]
+    slot = BridgeSlot(bridge=1, slot=30)
+    assert slot.place == {"bus": bridges[1].properties["id"], "addr": "0x1e"}
+    assert slot.pci_path == f"{int(str(bridges[1].properties['addr']), 16):02x}/1e" == "03/1e"
