@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+import stat
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _FACTORYS = re.compile(r"template|(?:template|cache)-[0-9a-f]{12}")
 """In the folder of the pods' machines these are the factory's: its template, and its own machines."""
 
+_RESOLV_CONF_LIMIT_BYTES = 64 << 10
 _DESTROY_TIMEOUT_S = 10.0
 _DEATH_TIMEOUT_S = 1.0
 _UNPLUG_TIMEOUT_S = 5.0
@@ -405,8 +407,20 @@ def _dns(container: Container) -> list[str]:
     for entry in container.config.spec.get("mounts") or []:
         if entry["destination"] == "/etc/resolv.conf" and entry.get("source"):
             try:
-                text = Path(entry["source"]).read_text()
-            except (OSError, UnicodeDecodeError) as error:
+                text = _read_small(Path(entry["source"]))
+            except (OSError, ValueError) as error:
                 raise InvalidArgumentError(f"{entry['source']} of /etc/resolv.conf: {error}") from error
             return [line for line in text.splitlines() if line.strip()]
     return []
+
+
+def _read_small(path: Path) -> str:
+    """Of a file that a guest may have written. Raises OSError, and ValueError for what is no small text."""
+    # What is no file may not even open.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("found no regular file, expected one")
+        data = file.read(_RESOLV_CONF_LIMIT_BYTES + 1)
+    if len(data) > _RESOLV_CONF_LIMIT_BYTES:
+        raise ValueError(f"found more than {_RESOLV_CONF_LIMIT_BYTES} bytes")
+    return data.decode()

@@ -9,10 +9,11 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from virtcontainers.hypervisor.base import HypervisorError
+from virtcontainers.hypervisor.capabilities import Capability, limiter
 from virtcontainers.hypervisor.logs import with_tail
 
 MARK = "KATA_PY_VM"
@@ -54,20 +55,25 @@ class MachineProcess:
         stdout: int | None = None,
         pass_fds: Iterable[int] = (),
         outlives_us: bool = False,
+        capabilities: Collection[Capability] | None = frozenset(),
     ) -> MachineProcess:
         """Start `argv` for the machine of `directory`; stderr, and stdout unless given, go to its log there.
 
-        It gets nothing of ours but `pass_fds`, under their numbers, and is killed when we die, unless it
-        `outlives_us`. Raises HypervisorError when it does not start.
+        It gets nothing of ours but `pass_fds`, under their numbers, and `capabilities` (None: all), and is
+        killed when we die, unless it `outlives_us`. Raises HypervisorError when it does not start.
         """
         log = _log_of(name, directory)
         libc = ctypes.CDLL(None)
         parent = os.getpid()
+        limit = limiter(capabilities) if capabilities is not None and os.geteuid() == 0 else None
 
-        def die_with_parent() -> None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it died before the prctl
-                os._exit(1)
+        def prepare() -> None:
+            if not outlives_us:
+                libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+                if os.getppid() != parent:  # it died before the prctl
+                    os._exit(1)
+            if limit is not None:
+                limit()
 
         with log.open("ab") as output:
             try:
@@ -81,7 +87,7 @@ class MachineProcess:
                     env={"PATH": os.defpath, MARK: str(directory)},
                     cwd="/",
                     start_new_session=True,
-                    preexec_fn=None if outlives_us else die_with_parent,
+                    preexec_fn=prepare,
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 raise HypervisorError(f"{argv[0]} does not start: {error}") from error
