@@ -386,8 +386,10 @@ class Sandbox:
         self._deleted = True
         for container in list(self.containers.values()):
             await container.cleanup()
-        self._cgroups.delete()
-        cleanup.remove_host_state(self.id)
+        try:
+            self._cgroups.delete()
+        finally:
+            cleanup.remove_host_state(self.id)
 
     def save(self) -> None:
         """Persist what `virtcontainers.cleanup` would need."""
