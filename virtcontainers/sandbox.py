@@ -26,6 +26,7 @@ from virtcontainers.errors import (
 from virtcontainers.fs_share import FilesystemShare
 from virtcontainers.hypervisor.base import HypervisorError, vm_dir
 from virtcontainers.hypervisor.process import find_processes
+from virtcontainers.network.network import Network
 from virtcontainers.resource_control import PodCgroups, ResourceStats, parse_cpus, pin_thread
 from virtcontainers.resources import cpuset, wanted_memory_mib, wanted_vcpus
 from virtcontainers.vm import VM, VMConfig
@@ -104,6 +105,9 @@ class Sandbox:
             spec.get("linux", {}).get("cgroupsPath") or "",
             sandbox_cgroup_only=config.sandbox_cgroup_only,
         )
+        self.network = Network(
+            config.network, config.hypervisor, sandbox_id=config.id, on_planned=self._save_network
+        )
         self._pinned = False
         self._resizing = asyncio.Lock()
         self._shared = asyncio.Event()
@@ -132,6 +136,7 @@ class Sandbox:
             )
         )
         self._cgroups.sandbox.update_cpuset(*cpuset([container.resources]))
+        self.network.start()
         machine = asyncio.create_task(self._get_vm())
         try:
             # The machine starts meanwhile: QEMU is a process of its own.
@@ -188,9 +193,16 @@ class Sandbox:
                 hypervisor=config.hypervisor,
                 config=config.agent,
             ),
+            self._attach_network(),
         )
         await self.update_resources()
         await container.create()
+
+    async def _attach_network(self) -> None:
+        assert self._vm is not None
+        await self.network.attach(self._vm.hypervisor, self.agent)
+        # What hooks have done since.
+        await self.network.settle()
 
     async def _get_vm(self) -> None:
         def on_planned(persisted: dict[str, Any], share_of: str | None = None) -> None:
@@ -338,6 +350,7 @@ class Sandbox:
                 watch.cancel()
         self.is_dead = True
         self._log.error("the pod is dead: %s", reason)
+        await self.network.close()
         await self._vm.agent.close()
         return reason
 
@@ -374,6 +387,7 @@ class Sandbox:
             except KataError as error:
                 self._log.warning("the guest did not end the sandbox: %s", error)
         self.is_dead = True
+        await self.network.close()
         await self._vm.stop()
 
     async def delete(self) -> None:
@@ -384,8 +398,16 @@ class Sandbox:
         self._deleted = True
         for container in list(self.containers.values()):
             await container.cleanup()
+        try:
+            await self.network.delete()
+        except KataError as error:
+            self._log.warning("the network namespace is not as it was: %s", error)
         self._cgroups.delete()
         cleanup.remove_host_state(self.id)
+
+    def _save_network(self, planned: dict[str, Any]) -> None:
+        self._state.network = planned
+        self.save()
 
     def save(self) -> None:
         """Persist what `virtcontainers.cleanup` would need."""
