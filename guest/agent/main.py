@@ -104,7 +104,7 @@ async def serve(listen: str, *, is_init: bool) -> None:
         if hosts == 1:
             from guest.agent.warm import warm_up
 
-            warm_up(sandbox)
+            warm_up(sandbox, is_init=is_init)
 
     async def serve_socket(family: int, address: str | tuple[int, int]) -> None:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)

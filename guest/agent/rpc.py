@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 
-from agent_client.protocols import agent_pb2, csi_pb2, health_pb2, oci_json
+from agent_client.protocols import agent_pb2, csi_pb2, health_pb2, oci_json, types_pb2
 from guest.agent import VERSION, copy_file, hotplug, storage
 from guest.agent.sandbox import Sandbox
 from ttrpc import Code, StatusError
@@ -157,6 +157,42 @@ class AgentService:
         from guest.agent import linux
 
         linux.swapon(request.path)
+        return Empty()
+
+    # The network. Under --listen it is this process's: of the host's namespace, unless it was given its own.
+
+    async def update_interface(
+        self, request: agent_pb2.UpdateInterfaceRequest, context: object
+    ) -> types_pb2.Interface:
+        from guest.agent import network
+
+        await _whole(network.update_interface(request.interface))
+        return request.interface
+
+    async def list_interfaces(
+        self, request: agent_pb2.ListInterfacesRequest, context: object
+    ) -> agent_pb2.Interfaces:
+        from guest.agent import network
+
+        return agent_pb2.Interfaces(Interfaces=network.list_interfaces())
+
+    async def update_routes(
+        self, request: agent_pb2.UpdateRoutesRequest, context: object
+    ) -> agent_pb2.Routes:
+        from guest.agent import network
+
+        network.update_routes(request.routes.Routes)
+        return agent_pb2.Routes(Routes=network.list_routes())
+
+    async def list_routes(self, request: agent_pb2.ListRoutesRequest, context: object) -> agent_pb2.Routes:
+        from guest.agent import network
+
+        return agent_pb2.Routes(Routes=network.list_routes())
+
+    async def add_arp_neighbors(self, request: agent_pb2.AddARPNeighborsRequest, context: object) -> Empty:
+        from guest.agent import network
+
+        network.add_arp_neighbors(request.neighbors.ARPNeighbors)
         return Empty()
 
     # Containers
