@@ -280,7 +280,7 @@ HYPERVISOR: Table = {
     "overhead_vcpus": Key(NUMBER),
     "overhead_memory": Key(UINT32),
     "disable_nested_virtualization": Key(BOOL),
-    "disable_vhost_net": Key(BOOL, "disable_vhost_net", idle=(True,), inert=True),
+    "disable_vhost_net": Key(BOOL, "disable_vhost_net"),
     "network_queues": Key(UINT32, idle=(1,)),
     "rx_rate_limiter_max_rate": Key(UINT64),
     "tx_rate_limiter_max_rate": Key(UINT64),
@@ -432,13 +432,8 @@ FACTORY: Table = {
 
 RUNTIME: Table = {
     "enable_debug": Key(BOOL, "enable_debug"),
-    "internetworking_model": Key(
-        one_of("default", "tcfilter", "macvtap", "none"),
-        "internetworking_model",
-        idle=("default", "tcfilter"),
-        inert=True,
-    ),
-    "disable_new_netns": Key(BOOL, "disable_new_netns", inert=True),
+    "internetworking_model": Key(one_of("default", "tcfilter", "macvtap", "none"), "internetworking_model"),
+    "disable_new_netns": Key(BOOL, "disable_new_netns"),
     "disable_guest_seccomp": Key(BOOL, "disable_guest_seccomp"),
     "guest_selinux_label": Key(STRING, "guest_selinux_label", inert=True),
     "enable_vcpus_pinning": Key(BOOL, "enable_vcpus_pinning"),

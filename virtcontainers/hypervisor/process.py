@@ -21,6 +21,7 @@ MARK = "KATA_PY_VM"
 be there by chance, and it stays through wrappers and forks."""
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 _TERMINATE_TIMEOUT_S = 5.0
 
 
@@ -56,11 +57,13 @@ class MachineProcess:
         pass_fds: Iterable[int] = (),
         outlives_us: bool = False,
         capabilities: Collection[Capability] | None = frozenset(),
+        own_network: bool = False,
     ) -> MachineProcess:
         """Start `argv` for the machine of `directory`; stderr, and stdout unless given, go to its log there.
 
         It gets nothing of ours but `pass_fds`, under their numbers, and `capabilities` (None: all), and is
-        killed when we die, unless it `outlives_us`. Raises HypervisorError when it does not start.
+        killed when we die, unless it `outlives_us`. With `own_network` it is in a new network namespace,
+        where there is nothing. Raises HypervisorError when it does not start.
         """
         log = _log_of(name, directory)
         libc = ctypes.CDLL(None)
@@ -68,6 +71,8 @@ class MachineProcess:
         limit = limiter(capabilities) if capabilities is not None and os.geteuid() == 0 else None
 
         def prepare() -> None:
+            if own_network and libc.unshare(_CLONE_NEWNET) != 0:
+                raise OSError  # of which nobody sees more than that it was raised here
             if not outlives_us:
                 libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() != parent:  # it died before the prctl

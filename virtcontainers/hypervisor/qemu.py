@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 from agent_client.transports import AgentAddress, HybridVsockAddress, SerialAddress, VsockAddress
 from virtcontainers.config import RUN_VC, Accel, AgentConfig, AgentTransport, HypervisorConfig, SharedFS
 from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError
-from virtcontainers.hypervisor import capabilities
+from virtcontainers.hypervisor import capabilities, hotplug_net
 from virtcontainers.hypervisor.accel import decide_accel
 from virtcontainers.hypervisor.base import (
     BootTimeout,
     Hypervisor,
     HypervisorError,
+    NetDevice,
     Persisted,
     QMPFailed,
     RestoreFailed,
@@ -125,6 +126,7 @@ class Qemu(Hypervisor):
         self._memory_mib = config.default_memory_mib
         self._hotplug: Hotplug | None = None
         self._free_ports = [f"rp{number}" for number in range(HOTPLUG_PORTS + config.pcie_root_port)]
+        self._net_slots: dict[str, BridgeSlot] = {}
         self._free_slots = [
             BridgeSlot(bridge, slot) for bridge in range(config.default_bridges) for slot in BRIDGE_SLOTS
         ]
@@ -241,6 +243,7 @@ class Qemu(Hypervisor):
                 pass_fds=[fd for fd in fds.values() if fd >= 0],
                 outlives_us=self._outlives_us,
                 capabilities=capabilities.QEMU,
+                own_network=True,
             )
             if memory_fd >= 0:
                 # While QEMU starts: it looks into the memory only when it takes the devices' state.
@@ -665,6 +668,24 @@ class Qemu(Hypervisor):
     async def _find_vcpus(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
         cpus = await self.monitor.execute("query-cpus-fast", timeout_s=timeout_s)
         self._thread_ids = {cpu["cpu-index"]: cpu["thread-id"] for cpu in cpus}
+
+    # -- network cards
+
+    async def hotplug_net(self, device: NetDevice) -> str:
+        self.require(VMState.RUNNING)
+        slot = self.take_slot()
+        try:
+            await hotplug_net.plug(self.monitor, device, slot)
+        except BaseException:
+            self.give_back_slot(slot)
+            raise
+        self._net_slots[device.tap] = slot
+        return slot.pci_path
+
+    async def hotunplug_net(self, tap: str, *, timeout_s: float) -> None:
+        self.require(VMState.RUNNING)
+        await hotplug_net.unplug(self.monitor, tap, timeout_s=timeout_s)
+        self.give_back_slot(self._net_slots.pop(tap))
 
     # -- running
 
