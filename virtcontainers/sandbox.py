@@ -200,9 +200,9 @@ class Sandbox:
             ),
             self._attach_network(),
         )
-        await self._forward_ports()
         await self.update_resources()
-        await container.create()
+        # While the guest is at work: no port is asked for before.
+        await asyncio.gather(container.create(), self._forward_ports())
 
     async def _attach_network(self) -> None:
         assert self._vm is not None
