@@ -1,8 +1,8 @@
 """A short-lived process of ours in a network namespace.
 
 A fork, and not a new interpreter: what it has in common with us is there already, and pyroute2 comes in 45
-ms of CPU, where `python -IS` needs 75, and 110 when all of pyroute2 is imported. We ourselves never import it:
-it is 10 MB.
+ms of CPU, where `python -IS` needs 75, and 110 when all of pyroute2 is imported. We ourselves never import
+it: it is 10 MB.
 """
 
 from __future__ import annotations

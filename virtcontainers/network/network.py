@@ -189,8 +189,8 @@ class Network:
             if info is None:
                 changes.gone.append(endpoint)
                 continue
-            if endpoint.model is InterworkingModel.MACVTAP:
-                # What the link had is the macvtap's now.
+            if endpoint.model is not InterworkingModel.TCFILTER:
+                # What the link had is the guest's alone now.
                 info = replace(endpoint.info, name=info.name, mtu=info.mtu)
             if info != endpoint.info:
                 if info.mtu != endpoint.info.mtu and endpoint.tap != info.name:
