@@ -35,7 +35,7 @@ def bridge() -> Iterator[None]:
         ip link add {BRIDGE} type bridge
         ip addr add {HOST}/24 dev {BRIDGE}
         ip addr add {HOST6}/64 dev {BRIDGE} nodad
-        ip link set {BRIDGE} up
+        ip link set {BRIDGE} mtu 1500 up
     """)
     try:
         yield
@@ -112,11 +112,14 @@ class Namespace:
 
     def state(self) -> str:
         """All that a pod could leave behind, or take away."""
-        sh_ns = f"ip -n {self.name}"
+        ip = f"ip -n {self.name}"
         return sh(f"""
-            {sh_ns} -o link | sed "s/qlen.*//"; {sh_ns} -o addr | sed "s/tentative//; s/nodad//"; {sh_ns} route show table all | sort
-            {sh_ns} -6 route show table all | sort; {sh_ns} rule; tc -n {self.name} qdisc
-            for link in $({sh_ns} -o link | sed "s/^[0-9]*: //; s/[@:].*//"); do
+            {ip} -o link | sed "s/qlen.*//"
+            {ip} -o addr | sed "s/tentative//; s/nodad//" | grep -v fe80
+            {ip} route show table all | sort
+            {ip} -6 route show table all | grep -v -e fe80 -e ff00 | sort
+            {ip} rule; {ip} -6 rule; tc -n {self.name} qdisc
+            for link in $({ip} -o link | sed "s/^[0-9]*: //; s/[@:].*//"); do
                 tc -n {self.name} filter show dev $link ingress 2>/dev/null || true
                 tc -n {self.name} filter show dev $link
             done
@@ -199,4 +202,8 @@ def namespace() -> Iterator[Namespace]:
     try:
         yield made
     finally:
-        sh(f"ip netns del {made.name}")
+        # By itself it would take the links with it some time later.
+        sh(f"""
+            for port in $(cd /sys/class/net; echo v{number}*); do ip link del $port || true; done
+            ip netns del {made.name}
+        """)

@@ -122,9 +122,6 @@ class TestTwoPods:
     ) -> None:
         for pod, net in zip(pods, nets, strict=True):
             assert seen_in(ctr, pod) == net.seen()
-        # Destination and MTU: `ip` of busybox does not show it.
-        routes = [line.split() for line in succeeds(ctr, pods[1], "cat", "/proc/net/route").splitlines()]
-        assert [line[8] for line in routes if line[1] == "0000500A"] == [str(1280)]
 
     def test_a_card_has_a_queue_for_each_vcpu(self, ctr: Ctr, pods: tuple[str, str]) -> None:
         queues = [succeeds(ctr, pod, "ls", "/sys/class/net/eth0/queues").split() for pod in pods]
@@ -136,8 +133,6 @@ class TestTwoPods:
         for pod, other in zip(pods, reversed(nets), strict=True):
             for address in (HOST, HOST6, other.address, other.address6):
                 assert ping(ctr, pod, address), address
-        for net in nets:
-            sh(f"ping -c 2 -W {TIMEOUT_S} {net.address}; ping -c 2 -W {TIMEOUT_S} {net.address6}")
 
     def test_a_gibibyte_arrives_whole(
         self, ctr: Ctr, pods: tuple[str, str], nets: tuple[Namespace, Namespace]
@@ -270,7 +265,9 @@ def test_macvtap_connects_the_pod(ctr: Ctr, container_id: str, template: Templat
         assert {"tap0_kata", "eth0"} < net.links()
         assert ping(ctr, container_id, HOST)
         assert ping(ctr, container_id, HOST6)
-        sh(f"ping -c 2 -W {TIMEOUT_S} {net.address}")
+        succeeds(ctr, container_id, "httpd", "-h", "/etc")
+        with urllib.request.urlopen(f"http://{net.address}/passwd", timeout=TIMEOUT_S) as response:
+            assert response.read().startswith(b"root:x:0:0:")
         assert mac not in {each.hardware_addr for each in net.seen().interfaces}
     after = net.seen()
     assert after.interfaces == wanted.interfaces

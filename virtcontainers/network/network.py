@@ -72,6 +72,7 @@ class Network:
         on_planned: Callable[[dict[str, Any]], None],
     ) -> None:
         self.config = config
+        self._id = sandbox_id
         self.endpoints: list[Endpoint] = []
         self._queues = max(1, hypervisor.default_vcpus)
         self._vhost_net = not hypervisor.disable_vhost_net and VHOST_NET.exists()
@@ -151,7 +152,7 @@ class Network:
         await self.close()
         try:
             if self.endpoints and self.config.network_namespace is not None:
-                await _disconnect(self._namespace, [each.to_connect() for each in self.endpoints])
+                await _disconnect(self._namespace, [each.to_connect(self._id) for each in self.endpoints])
                 self.endpoints = []
         finally:
             for fd in (self._watch, self._namespace):
@@ -211,7 +212,7 @@ class Network:
             self._plan()
         for endpoint in new:
             arguments = {"queues": self._queues, "vhost_net": self._vhost_net}
-            made, fds = await child.call("connect", link=endpoint.to_connect(), **arguments)
+            made, fds = await child.call("connect", link=endpoint.to_connect(self._id), **arguments)
             self._taps.add(made["tap"])
             device = NetDevice(
                 endpoint.tap, endpoint.info.hardware_addr, fds[: self._queues], fds[self._queues :]
@@ -226,7 +227,7 @@ class Network:
             {
                 "path": str(self.config.network_namespace),
                 "id": [found.st_dev, found.st_ino],
-                "links": [each.to_connect() for each in self.endpoints],
+                "links": [each.to_connect(self._id) for each in self.endpoints],
             }
         )
 
