@@ -35,7 +35,8 @@ def bridge() -> Iterator[None]:
         ip link add {BRIDGE} type bridge
         ip addr add {HOST}/24 dev {BRIDGE}
         ip addr add {HOST6}/64 dev {BRIDGE} nodad
-        ip link set {BRIDGE} mtu 1500 up
+        # Once set, by a change, it is no more its ports' smallest.
+        ip link set {BRIDGE} mtu 1400; ip link set {BRIDGE} mtu 1500 up
     """)
     try:
         yield
@@ -116,7 +117,7 @@ class Namespace:
         return sh(f"""
             {ip} -o link | sed "s/qlen.*//"
             {ip} -o addr | sed "s/tentative//; s/nodad//" | grep -v fe80
-            {ip} route show table all | sort
+            {ip} -4 route show table all | sort
             {ip} -6 route show table all | grep -v -e fe80 -e ff00 | sort
             {ip} rule; {ip} -6 rule; tc -n {self.name} qdisc
             for link in $({ip} -o link | sed "s/^[0-9]*: //; s/[@:].*//"); do

@@ -337,16 +337,15 @@ def set_mtu(name: str, mtu: int) -> Answer:
 
 
 def disconnect(link: Link) -> Answer:
-    """Take away what `connect` has made, once the machine has ended; idempotent, also for links that are gone.
+    """Take away what `connect` has made, once the machine has ended; idempotent.
 
     A TAP goes with the last descriptor of it: one that is there is another pod's, and so is what leads to it.
     """
     index, name = link["index"], link["name"]
     if link["model"] == "macvtap":
         _remove_macvtap(link)
-    elif link["model"] == "tcfilter":
-        if link["tap"] not in (each for _, each in socket.if_nameindex()):
-            _remove_redirection(index, name)
+    elif link["model"] == "tcfilter" and link["tap"] not in dict(socket.if_nameindex()).values():
+        _remove_redirection(index, name)
     return None, []
 
 
