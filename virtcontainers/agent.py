@@ -66,6 +66,11 @@ class KataAgent:
         """Whether output can still be read after the exit was asked for: a feature of our agent."""
         return "keeps-output" in self.details.agent_details.extra_features
 
+    @property
+    def forwards_ports(self) -> bool:
+        """Whether `client.forward` connects into the machine: a feature of our agent."""
+        return "port-forward" in self.details.agent_details.extra_features
+
     async def check(self) -> None:
         with translated("Check"):
             await self.client.check(health_pb2.CheckRequest())

@@ -298,6 +298,17 @@ def list_interfaces() -> list[types_pb2.Interface]:
     ]
 
 
+def own_addresses() -> list[str]:
+    """All but loopback and link-local ones, of interfaces that are up."""
+    with _naming("interfaces"), Rtnl() as rtnl:
+        up = {link.index for link in rtnl.links() if link.name != "lo" and link.flags & netlink.IFF_UP}
+        return [
+            address.address
+            for index, address in rtnl.addresses()
+            if index in up and not address.address.startswith(_LINK_LOCAL)
+        ]
+
+
 # Routes and neighbours
 
 

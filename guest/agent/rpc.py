@@ -6,12 +6,12 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 
-from agent_client.protocols import agent_pb2, csi_pb2, health_pb2, oci_json, types_pb2
+from agent_client.protocols import agent_pb2, csi_pb2, health_pb2, oci_json, port_forward_pb2, types_pb2
 from guest.agent import VERSION, copy_file, hotplug, storage
 from guest.agent.sandbox import Sandbox
 from ttrpc import Code, StatusError
@@ -62,8 +62,9 @@ class AgentService:
             init_daemon=self._is_init,
             storage_handlers=storage.HANDLERS,
             supports_seccomp=os.path.exists("/proc/sys/kernel/seccomp"),
-            # The host need not read all output before it asks for the exit, as with Kata's agent.
-            extra_features=["keeps-output"],
+            # The host need not read all output before it asks for the exit, as with Kata's agent; and it can
+            # reach the pod's ports by a service of ours.
+            extra_features=["keeps-output", "port-forward"],
         )
         return agent_pb2.GuestDetailsResponse(
             agent_details=details,
@@ -315,6 +316,15 @@ class HealthService:
         self, request: health_pb2.CheckRequest, context: object
     ) -> health_pb2.VersionCheckResponse:
         return health_pb2.VersionCheckResponse(grpc_version=_API_VERSION, agent_version=VERSION)
+
+
+class PortForwardService:
+    def forward(
+        self, chunks: AsyncIterator[port_forward_pb2.Chunk], context: object
+    ) -> AsyncIterator[port_forward_pb2.Chunk]:
+        from guest.agent.port_forward import forward
+
+        return forward(chunks)
 
 
 def map_error(error: Exception) -> StatusError | None:
