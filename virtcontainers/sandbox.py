@@ -137,6 +137,7 @@ class Sandbox:
                 container.resources.get("devices") or [],
                 sandbox_cgroup_only=config.sandbox_cgroup_only,
                 debug=config.hypervisor.enable_debug,
+                macvtap=config.network.interworking_model == "macvtap",
                 others=[Path(config.hypervisor.entropy_source), *_rootfs_sources(container)],
             )
         )
