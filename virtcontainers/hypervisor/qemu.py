@@ -7,7 +7,8 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Coroutine, Iterator
+import subprocess
+from collections.abc import Collection, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +17,20 @@ from typing import Any, TypeVar
 from agent_client.transports import AgentAddress, HybridVsockAddress, SerialAddress, VsockAddress
 from virtcontainers.config import RUN_VC, Accel, AgentConfig, AgentTransport, HypervisorConfig, SharedFS
 from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError
+from virtcontainers.hypervisor import capabilities, hotplug_net
 from virtcontainers.hypervisor.accel import decide_accel
 from virtcontainers.hypervisor.base import (
     BootTimeout,
     Hypervisor,
     HypervisorError,
+    NetDevice,
     Persisted,
     QMPFailed,
     RestoreFailed,
     VMState,
     vm_dir,
 )
+from virtcontainers.hypervisor.capabilities import Capability
 from virtcontainers.hypervisor.hotplug import Hotplug
 from virtcontainers.hypervisor.logs import ConsoleLog, with_tail
 from virtcontainers.hypervisor.memory_file import copy_extents
@@ -62,6 +66,7 @@ T = TypeVar("T")
 MACHINE_TYPE = "q35"
 _MIGRATION_TIMEOUT_S = 30.0
 _UNPLUG_TIMEOUT_S = 30.0
+_HELP_TIMEOUT_S = 30.0
 _TAKE_BACK_TIMEOUT_S = 5.0
 """The guest refuses at once, or is at work already; nobody's container waits for it."""
 _PLUGGED_POLL_S = 0.01
@@ -121,6 +126,7 @@ class Qemu(Hypervisor):
         self._memory_mib = config.default_memory_mib
         self._hotplug: Hotplug | None = None
         self._free_ports = [f"rp{number}" for number in range(HOTPLUG_PORTS + config.pcie_root_port)]
+        self._net_slots: dict[str, BridgeSlot] = {}
         self._free_slots = [
             BridgeSlot(bridge, slot) for bridge in range(config.default_bridges) for slot in BRIDGE_SLOTS
         ]
@@ -147,6 +153,8 @@ class Qemu(Hypervisor):
             _require_file("firmware", "firmware", config.firmware)
         if self._shared_path is not None and config.shared_fs is SharedFS.VIRTIO_FS:
             self._virtiofsd = find_virtiofsd(config)
+            if config.virtio_fs_cache_size_mib:
+                _require_dax(config)
         decision = decide_accel(config.accel)
         if decision.accel is Accel.TCG:
             self._log.warning("the machine is emulated (TCG), which is slow: %s", decision.reason)
@@ -234,6 +242,8 @@ class Qemu(Hypervisor):
                 stdout=self._console.write_fd,
                 pass_fds=[fd for fd in fds.values() if fd >= 0],
                 outlives_us=self._outlives_us,
+                capabilities=capabilities.QEMU,
+                own_network=True,
             )
             if memory_fd >= 0:
                 # While QEMU starts: it looks into the memory only when it takes the devices' state.
@@ -427,7 +437,8 @@ class Qemu(Hypervisor):
                 extra_args=self.config.virtio_fs_extra_args,
             )
             with _listening(self.files.virtiofsd_socket) as listener:
-                self._start_daemon("virtiofsd", daemon.argv(listener.fileno()), listener.fileno())
+                fd = listener.fileno()
+                self._start_daemon("virtiofsd", daemon.argv(fd), fd, kept=daemon.capabilities)
         await self._start_vhost_device_vsock(deadline)
 
     async def _start_vhost_device_vsock(self, deadline: float) -> None:
@@ -448,9 +459,20 @@ class Qemu(Hypervisor):
             await asyncio.sleep(0.002)
         self._vsock_connection = connection
 
-    def _start_daemon(self, name: str, argv: list[str], *pass_fds: int) -> MachineProcess:
+    def _start_daemon(
+        self,
+        name: str,
+        argv: list[str],
+        *pass_fds: int,
+        kept: Collection[Capability] | None = frozenset(),
+    ) -> MachineProcess:
         process = MachineProcess.start(
-            name, argv, directory=self.directory, pass_fds=pass_fds, outlives_us=self._outlives_us
+            name,
+            argv,
+            directory=self.directory,
+            pass_fds=pass_fds,
+            outlives_us=self._outlives_us,
+            capabilities=kept,
         )
         self._daemons.append(process)
         return process
@@ -647,6 +669,24 @@ class Qemu(Hypervisor):
         cpus = await self.monitor.execute("query-cpus-fast", timeout_s=timeout_s)
         self._thread_ids = {cpu["cpu-index"]: cpu["thread-id"] for cpu in cpus}
 
+    # -- network cards
+
+    async def hotplug_net(self, device: NetDevice) -> str:
+        self.require(VMState.RUNNING)
+        slot = self.take_slot()
+        try:
+            await hotplug_net.plug(self.monitor, device, slot)
+        except BaseException:
+            self.give_back_slot(slot)
+            raise
+        self._net_slots[device.tap] = slot
+        return slot.pci_path
+
+    async def hotunplug_net(self, tap: str, *, timeout_s: float) -> None:
+        self.require(VMState.RUNNING)
+        await hotplug_net.unplug(self.monitor, tap, timeout_s=timeout_s)
+        self.give_back_slot(self._net_slots.pop(tap))
+
     # -- running
 
     async def pause_vm(self) -> None:
@@ -742,6 +782,22 @@ def _require_program(what: str, key: str, path: Path) -> None:
     _require_file(what, key, path)
     if not os.access(path, os.X_OK):
         raise InvalidArgumentError(f"{what} {path} ({key} in [hypervisor.qemu]) is not executable")
+
+
+def _require_dax(config: HypervisorConfig) -> None:
+    """Raise InvalidArgumentError unless QEMU has virtiofs' DAX window, which no release of it has."""
+    command = [str(config.path), "-device", "vhost-user-fs-pci,help"]
+    try:
+        found = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_HELP_TIMEOUT_S
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise HypervisorError(f"QEMU {config.path}: {error}") from error
+    if b"cache-size=" not in found.stdout:
+        raise InvalidArgumentError(
+            f"virtio_fs_cache_size in [hypervisor.qemu]: found {config.virtio_fs_cache_size_mib}, "
+            f"expected 0: vhost-user-fs-pci of {config.path} has no cache-size"
+        )
 
 
 def host_memory_mib(meminfo: Path = Path("/proc/meminfo")) -> int:
