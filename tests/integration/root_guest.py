@@ -25,6 +25,10 @@ _CAPABILITIES = (
     "SYS_PTRACE", "SYS_ADMIN", "SYS_BOOT", "SYS_RESOURCE", "MKNOD", "SETFCAP",
 )  # fmt: skip
 
+_APPLETS = (
+    "dd", "find", "kill", "ls", "md5sum", "mkdir", "mount", "rm", "sed", "sort", "stat", "sync", "wc", "xargs",
+)  # fmt: skip
+
 
 def bind(source: Path, destination: str, *options: str) -> dict[str, Any]:
     return {
@@ -162,20 +166,7 @@ def root_pod(
         given = privileged("sleep", "100000", mounts=mounts)
         config = sandbox_config(directory, guest_image, pod.id, given, **hypervisor)
         lower = directory / pod.id / "lower"
-        for name in (
-            "kill",
-            "mkdir",
-            "mount",
-            "ls",
-            "dd",
-            "rm",
-            "find",
-            "md5sum",
-            "wc",
-            "sync",
-            "stat",
-            "sort",
-        ):
+        for name in _APPLETS:
             with contextlib.suppress(FileExistsError):
                 (lower / "bin" / name).symlink_to("busybox")
         fill(lower)
