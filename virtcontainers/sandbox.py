@@ -139,6 +139,7 @@ class Sandbox:
                 container.resources.get("devices") or [],
                 sandbox_cgroup_only=config.sandbox_cgroup_only,
                 debug=config.hypervisor.enable_debug,
+                macvtap=config.network.interworking_model == "macvtap",
                 others=[Path(config.hypervisor.entropy_source), *_rootfs_sources(container)],
             )
         )
@@ -202,9 +203,9 @@ class Sandbox:
             ),
             self._attach_network(),
         )
-        await self._forward_ports()
         await self.update_resources()
-        await container.create()
+        # While the guest is at work: no port is asked for before.
+        await asyncio.gather(container.create(), self._forward_ports())
 
     async def _attach_network(self) -> None:
         assert self._vm is not None
