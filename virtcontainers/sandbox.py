@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from virtcontainers import cleanup, persist
 from virtcontainers.agent import KataAgent
-from virtcontainers.config import RUN_VC, ContainerConfig, SandboxConfig, SharedFS
+from virtcontainers.config import RUN_VC, ContainerConfig, SandboxConfig
 from virtcontainers.container import Container, ContainerState
+from virtcontainers.device.manager import DeviceManager
 from virtcontainers.device_cgroup import device_rules, sandbox_rules
 from virtcontainers.errors import (
     AlreadyExistsError,
@@ -24,7 +25,7 @@ from virtcontainers.errors import (
     UnimplementedError,
 )
 from virtcontainers.fs_share import FilesystemShare
-from virtcontainers.hypervisor.base import HypervisorError, vm_dir
+from virtcontainers.hypervisor.base import Hypervisor, HypervisorError, vm_dir
 from virtcontainers.hypervisor.process import find_processes
 from virtcontainers.resource_control import PodCgroups, ResourceStats, parse_cpus, pin_thread
 from virtcontainers.resources import cpuset, wanted_memory_mib, wanted_vcpus
@@ -59,14 +60,10 @@ async def create_sandbox(config: SandboxConfig, factory: Factory, *, prestart: H
         raise InvalidArgumentError(
             f"sandbox id {config.id!r}: found a name of the VM factory's in {RUN_VC / 'vm'}, expected another"
         )
-    if config.hypervisor.shared_fs is SharedFS.NONE:
-        raise InvalidArgumentError(
-            'shared_fs = "none" in [hypervisor.qemu]: a container\'s root reaches the guest through a share, '
-            'expected "virtio-fs" or "virtio-9p"'
-        )
     if persist.sandbox_dir(config.id).exists():
         raise AlreadyExistsError(f"sandbox {config.id} exists already: {persist.sandbox_dir(config.id)}")
     sandbox = Sandbox(config, factory)
+    Container(sandbox, config.container).require_shareable_root()
     try:
         await sandbox._start(prestart)
     except BaseException:
@@ -104,17 +101,28 @@ class Sandbox:
             spec.get("linux", {}).get("cgroupsPath") or "",
             sandbox_cgroup_only=config.sandbox_cgroup_only,
         )
+        self.devices = DeviceManager(config.id, self._allow_device)
+        self.is_ending = False
+        """The machine is about to be ended: nothing is unplugged any more."""
         self._pinned = False
         self._resizing = asyncio.Lock()
         self._shared = asyncio.Event()
         """Set when the share is there for containers to be added."""
 
+    def _allow_device(self, path: Path) -> None:
+        self._cgroups.sandbox.update_devices(device_rules([path]))
+
+    @property
+    def hypervisor(self) -> Hypervisor:
+        """Raises UnavailableError when there is no machine."""
+        if self._vm is None:
+            raise UnavailableError(f"sandbox {self.id} has no machine")
+        return self._vm.hypervisor
+
     @property
     def hypervisor_pid(self) -> int:
         """QEMU's pid. Raises UnavailableError when there is no machine."""
-        if self._vm is None:
-            raise UnavailableError(f"sandbox {self.id} has no machine")
-        return self._vm.hypervisor.pid
+        return self.hypervisor.pid
 
     async def _start(self, prestart: Hook | None) -> None:
         config = self.config
@@ -363,6 +371,7 @@ class Sandbox:
 
         What the guest refuses, or is too late with, is logged: the machine is ended all the same.
         """
+        self.is_ending = True
         if self._vm is None:
             return
         if not self.is_dead:
@@ -390,7 +399,7 @@ class Sandbox:
     def save(self) -> None:
         """Persist what `virtcontainers.cleanup` would need."""
         self._state.rootfs = {
-            c.id: str(c.config.rootfs.target) for c in self.containers.values() if c.config.rootfs.mounts
+            c.id: str(c.config.rootfs.target) for c in self.containers.values() if c.is_root_mounted
         }
         persist.store(self._state)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import stat
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from typing import Any
 from agent_client.protocols import agent_pb2
 from ttrpc import Code, StatusError
 
-_TIMEOUT_S = 10.0
+log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 30.0
 _POLL_S = 0.02
 _PCI_ROOT = "/sys/devices/pci0000:00"
 _SCSI_HOSTS = "/sys/class/scsi_host"
@@ -66,14 +69,38 @@ async def _appear(what: str, find: Callable[[], str | None]) -> str:
         await asyncio.sleep(_POLL_S)
 
 
+def _load_modules(driver: str) -> None:
+    """Only now: most machines never have a disk."""
+    from guest.agent.modules import load_module
+
+    modules: dict[str, tuple[str, ...]] = {}
+    if driver == DRIVER_BLK:
+        modules = {"virtio_blk": ()}
+    elif driver == DRIVER_SCSI:
+        # Of a new controller Linux would ask for every disk that there might be; we know which one there is.
+        modules = {"scsi_mod": ("scan=none",), "virtio_scsi": (), "sd_mod": ()}
+    for module, parameters in modules.items():
+        try:
+            load_module(module, parameters)
+        except OSError as error:
+            # A kernel of another image may have it built in; else the disk does not appear, which is told.
+            log.warning("module %s: %s", module, error)
+
+
 async def block_device(driver: str, address: str) -> str:
     """Wait for the device and return its path in /dev."""
+    _load_modules(driver)
     if driver == DRIVER_SCSI:
         target, _, lun = address.partition(":")
-        for host in os.listdir(_SCSI_HOSTS):
-            with open(f"{_SCSI_HOSTS}/{host}/scan", "w") as file:
-                file.write(f"0 {target} {lun}")
-        return await _appear(f"SCSI address {address}", lambda: _scsi_block_device(address))
+
+        def scan() -> str | None:
+            # The controller may be as new as the disk, and then comes a moment later.
+            for host in os.listdir(_SCSI_HOSTS):
+                with open(f"{_SCSI_HOSTS}/{host}/scan", "w") as file:
+                    file.write(f"0 {target} {lun}")
+            return _scsi_block_device(address)
+
+        return await _appear(f"SCSI address {address}", scan)
     if driver == DRIVER_BLK and not address.startswith("/dev/"):
         return await _appear(f"PCI path {address}", lambda: _block_device_below(pci_sysfs_path(address)))
     return await _appear(address, lambda: address)
