@@ -9,9 +9,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from virtcontainers.config import GUEST_CONTAINERS_DIR, ContainerConfig, SharedFS
-from virtcontainers.device.block import BlockRoot, DeviceInfo, block_root
-from virtcontainers.device.manager import BlockDevice
+from virtcontainers.config import ContainerConfig
+from virtcontainers.device.disks import ContainerDisks
 from virtcontainers.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -122,12 +121,10 @@ class Container:
         self.resources: dict[str, Any] = config.spec.get("linux", {}).get("resources") or {}
         self._log = logging.LoggerAdapter(log, {"sandbox": sandbox.id, "container": self.id})
         self._undo = AsyncExitStack()
+        self.disks = ContainerDisks(config, sandbox.config.hypervisor)
         self._in_guest = False
         self._exit_watch: asyncio.Task[None] | None = None
         self._guest_spec: dict[str, Any] = {}
-        self._block_root: BlockRoot | None = None
-        if not sandbox.config.hypervisor.disable_block_device_use:
-            self._block_root = block_root(config.rootfs)
         self._sandbox_pidns = False
         self._storages: list[agent_pb2.Storage] = []
         """What the guest mounts for this container, in this order."""
@@ -144,10 +141,8 @@ class Container:
         """Mount and share the root and the volumes, and make the guest's spec of it: host side only, so
         that it can be done while the machine starts. `cleanup` undoes it."""
         share, config = self.sandbox.fs_share, self.config
-        if self._block_root is not None:
-            rootfs = self._guest_root
-        else:
-            self.require_shareable_root()
+        self.disks.require_root()
+        if not (rootfs := self.disks.root):
             self._undo.callback(share.unshare_root_filesystem, self.id, config.rootfs)
             rootfs = share.share_root_filesystem(self.id, config.rootfs)
         self._undo.callback(share.unshare_files, self.id)
@@ -159,7 +154,7 @@ class Container:
                 raise InvalidArgumentError(f"mount {destination} of container {self.id}: {error}") from error
 
         self._guest_spec, self._sandbox_pidns = guest_spec(
-            config.spec,
+            self.disks.take_volumes(),
             rootfs=rootfs,
             share_file=share_file,
             shm_size_bytes=self.sandbox.config.shm_size_bytes,
@@ -167,46 +162,9 @@ class Container:
         )
 
     @property
-    def _guest_root(self) -> str:
-        """Where the guest mounts a root that is a block device: beside the share, not in it."""
-        return f"{GUEST_CONTAINERS_DIR}{self.id}/rootfs"
-
-    @property
     def is_root_mounted(self) -> bool:
         """On the host, by us."""
-        return self._block_root is None and bool(self.config.rootfs.mounts)
-
-    def require_shareable_root(self) -> None:
-        """Raise InvalidArgumentError when the root can get into the guest neither as a block device nor
-        through a share."""
-        hypervisor = self.sandbox.config.hypervisor
-        if hypervisor.shared_fs is not SharedFS.NONE or self._block_root is not None:
-            return
-        why = " (disable_block_device_use is true)" if hypervisor.disable_block_device_use else ""
-        raise InvalidArgumentError(
-            f'shared_fs = "none" in [hypervisor.qemu], and the root of container {self.id} is no block '
-            f'device{why}: expected "virtio-fs" or "virtio-9p", or a snapshotter with block devices '
-            "(devmapper, blockfile)"
-        )
-
-    async def _attach(self, info: DeviceInfo) -> BlockDevice:
-        hypervisor = self.sandbox.hypervisor
-        device = await self.sandbox.devices.attach(hypervisor, info)
-
-        async def detach() -> None:
-            if not self.sandbox.is_ending:
-                await self.sandbox.devices.detach(hypervisor, device)
-
-        self._undo.push_async_callback(detach)
-        return device
-
-    async def _attach_devices(self) -> None:
-        if (root := self._block_root) is not None:
-            device = await self._attach(root.device)
-            self._storages.insert(
-                0,
-                device.agent_storage(fstype=root.fstype, options=root.options, mount_point=self._guest_root),
-            )
+        return not self.disks.root and bool(self.config.rootfs.mounts)
 
     async def create(self) -> None:
         """Plug in what `share` could not share, and ask the agent to create it all. On failure the caller
@@ -216,7 +174,7 @@ class Container:
                 f"container {self.id} has a seccomp profile and the guest's agent does not support seccomp: "
                 "set disable_guest_seccomp = true in [runtime] or use a guest image that does"
             )
-        await self._attach_devices()
+        await self.disks.attach(self.sandbox, self._guest_spec, self._undo)
         # Set before the call: a creation that timed out may still have happened.
         self._in_guest = True
         await self.sandbox.agent.create_container(
@@ -224,8 +182,8 @@ class Container:
             self._guest_spec,
             sandbox_pidns=self._sandbox_pidns,
             timeout_s=self.sandbox.config.create_container_timeout_s,
-            storages=self._storages,
-            devices=self._devices,
+            storages=[*self.disks.storages, *self._storages],
+            devices=[*self.disks.devices, *self._devices],
         )
         self._guest_spec = {}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from virtcontainers.config import Mount
 from virtcontainers.errors import InvalidArgumentError, KataError
+from virtcontainers.loop import loop_device
 
 # <sys/mount.h>
 MS_RDONLY = 1
@@ -167,6 +168,11 @@ def mount_all(mounts: Sequence[Mount], root: Path) -> None:
 
 
 def _mount_one(entry: Mount, target: Path) -> None:
+    if "loop" in entry.options:
+        options = tuple(option for option in entry.options if option != "loop")
+        with loop_device(Path(entry.source), readonly="ro" in options) as device:
+            _mount_one(replace(entry, source=str(device), options=options), target)
+        return
     flags, propagation, data = parse_options(entry.options)
     fstype = "" if flags & MS_BIND else entry.type
     if len(data) >= os.sysconf("SC_PAGE_SIZE") and entry.type == "overlay":

@@ -15,12 +15,14 @@ from virtcontainers import cleanup, persist
 from virtcontainers.agent import KataAgent
 from virtcontainers.config import RUN_VC, ContainerConfig, SandboxConfig
 from virtcontainers.container import Container, ContainerState
+from virtcontainers.device.disks import ContainerDisks, GuestVolume
 from virtcontainers.device.manager import DeviceManager
 from virtcontainers.device_cgroup import device_rules, sandbox_rules
 from virtcontainers.errors import (
     AlreadyExistsError,
     InvalidArgumentError,
     KataError,
+    NotFoundError,
     UnavailableError,
     UnimplementedError,
 )
@@ -32,6 +34,7 @@ from virtcontainers.resources import cpuset, wanted_memory_mib, wanted_vcpus
 from virtcontainers.vm import VM, VMConfig
 
 if TYPE_CHECKING:
+    from agent_client.protocols import csi_pb2
     from virtcontainers.factory import Factory
 
 log = logging.getLogger(__name__)
@@ -63,7 +66,7 @@ async def create_sandbox(config: SandboxConfig, factory: Factory, *, prestart: H
     if persist.sandbox_dir(config.id).exists():
         raise AlreadyExistsError(f"sandbox {config.id} exists already: {persist.sandbox_dir(config.id)}")
     sandbox = Sandbox(config, factory)
-    Container(sandbox, config.container).require_shareable_root()
+    ContainerDisks(config.container, config.hypervisor).require_root()
     try:
         await sandbox._start(prestart)
     except BaseException:
@@ -356,6 +359,24 @@ class Sandbox:
                 await self.agent.check()
             except KataError as error:
                 return str(error)
+
+    def _guest_volume(self, device: str) -> GuestVolume:
+        for container in self.containers.values():
+            if (found := container.disks.guest_volumes.get(device)) is not None:
+                return found
+        raise NotFoundError(f"sandbox {self.id} has no volume that is block device {device}")
+
+    async def guest_volume_stats(self, device: str) -> csi_pb2.VolumeStatsResponse:
+        """Of the file system on a direct volume; `device` is its mount info's. Raises KataError's classes."""
+        return await self.agent.get_volume_stats(self._guest_volume(device).mount_point)
+
+    async def resize_guest_volume(self, device: str, size_bytes: int) -> None:
+        """Fit the machine's disk, and the file system on it, to a device that has grown to `size_bytes`; an
+        image file grows with it. Raises KataError's classes."""
+        volume = self._guest_volume(device)
+        if volume.device.plugged is not None:
+            await self.hypervisor.resize_block(volume.device.plugged, size_bytes)
+        await self.agent.resize_volume(volume.mount_point, size_bytes)
 
     async def wait_oom(self) -> str:
         """The id of the next container in which the guest's kernel killed for memory. Waits for ever on an

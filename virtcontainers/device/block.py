@@ -6,9 +6,10 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from virtcontainers.config import RootFs
 from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError
@@ -72,6 +73,18 @@ def host_path(major: int, minor: int) -> Path:
     except OSError:
         raise InvalidArgumentError(f"the host has no block device {major}:{minor}") from None
     return Path("/dev", words.get("DEVNAME", f"block/{major}:{minor}"))
+
+
+def host_device(entry: Mapping[str, Any], rules: Sequence[Mapping[str, Any]]) -> DeviceInfo:
+    """The block device of an entry of a spec's linux.devices; read-only when the last rule for it, of
+    linux.resources.devices, allows no writing. Raises InvalidArgumentError."""
+    major, minor = entry.get("major", -1), entry.get("minor", -1)
+    path = host_path(major, minor)
+    readonly = is_readonly(path)
+    for rule in rules:
+        if rule.get("type") == "b" and (rule.get("major"), rule.get("minor")) == (major, minor):
+            readonly = is_readonly(path) or "w" not in (rule.get("access") or "rwm")
+    return DeviceInfo(path=path, readonly=readonly)
 
 
 def is_readonly(path: Path) -> bool:

@@ -55,6 +55,14 @@ class DeviceManager:
         self._devices: dict[Key, BlockDevice] = {}
         self._log = logging.LoggerAdapter(log, {"sandbox": sandbox_id})
 
+    def check(self, info: DeviceInfo) -> None:
+        """Whether it could be plugged in, as far as that is known before. Raises KataError's classes."""
+        device = self._devices.get(key_of(info.path))
+        if device is None or device.plugged is None:
+            self._allow(info.path)
+            with opened(info):
+                pass
+
     async def attach(self, hypervisor: Hypervisor, info: DeviceInfo) -> BlockDevice:
         """Plug it in unless it is, for one `detach`. Raises KataError's classes."""
         key = key_of(info.path)
@@ -87,7 +95,3 @@ class DeviceManager:
                 await hypervisor.hotunplug_block(plugged, timeout_s=_UNPLUG_TIMEOUT_S)
             except KataError as error:
                 self._log.warning("a block device stays: %s", error)
-
-    def forget(self) -> None:
-        """The machine has ended, and had them."""
-        self._devices.clear()
