@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import stat
@@ -55,6 +56,15 @@ def _scsi_block_device(address: str) -> str | None:
     return f"/dev/{names[0]}" if names else None
 
 
+def _opens(path: str) -> bool:
+    """A disk has its node a moment before it is one."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV)
+    return True
+
+
 async def _appear(what: str, find: Callable[[], str | None]) -> str:
     deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
     while True:
@@ -62,7 +72,7 @@ async def _appear(what: str, find: Callable[[], str | None]) -> str:
             path = find()
         except FileNotFoundError:
             path = None
-        if path and os.path.exists(path):
+        if path and _opens(path):
             return path
         if asyncio.get_running_loop().time() > deadline:
             raise StatusError(Code.DEADLINE_EXCEEDED, f"no block device at {what} after {_TIMEOUT_S:g} s")
