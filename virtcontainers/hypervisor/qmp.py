@@ -29,7 +29,7 @@ class QMP:
         """Use `connect`."""
         self._client = client
         self._sending_fd = asyncio.Lock()
-        """QEMU keeps one descriptor, for the next command that takes one."""
+        """QEMU keeps only the last that was sent, until it is given a name."""
 
     @classmethod
     async def connect(cls, path: Path, *, timeout_s: float) -> QMP:
