@@ -155,6 +155,18 @@ class KataAgent:
         with translated("ListRoutes"):
             return list((await self.client.list_routes(agent_pb2.ListRoutesRequest())).Routes)
 
+    async def get_ip_tables(self, *, is_ipv6: bool) -> bytes:
+        """As `iptables-save` tells them."""
+        request = agent_pb2.GetIPTablesRequest(is_ipv6=is_ipv6)
+        with translated("GetIPTables"):
+            return (await self.client.get_ip_tables(request)).data
+
+    async def set_ip_tables(self, data: bytes, *, is_ipv6: bool) -> None:
+        """For `iptables-restore`; when it refuses them, there are those of before."""
+        request = agent_pb2.SetIPTablesRequest(is_ipv6=is_ipv6, data=data)
+        with translated("SetIPTables"):
+            await self.client.set_ip_tables(request)
+
     async def destroy_sandbox(self, timeout_s: float) -> None:
         with translated("DestroySandbox"):
             await self.client.destroy_sandbox(agent_pb2.DestroySandboxRequest(), timeout_s=timeout_s)

@@ -202,6 +202,22 @@ class AgentService:
         network.add_arp_neighbors(request.neighbors.ARPNeighbors)
         return Empty()
 
+    async def get_ip_tables(
+        self, request: agent_pb2.GetIPTablesRequest, context: object
+    ) -> agent_pb2.GetIPTablesResponse:
+        from guest.agent.iptables import get_rules
+
+        rules = await get_rules(self._sandbox.reaper, ipv6=request.is_ipv6)
+        return agent_pb2.GetIPTablesResponse(data=rules)
+
+    async def set_ip_tables(
+        self, request: agent_pb2.SetIPTablesRequest, context: object
+    ) -> agent_pb2.SetIPTablesResponse:
+        from guest.agent.iptables import set_rules
+
+        said = await _whole(set_rules(self._sandbox.reaper, request.data, ipv6=request.is_ipv6))
+        return agent_pb2.SetIPTablesResponse(data=said)
+
     # Containers
 
     async def create_container(self, request: agent_pb2.CreateContainerRequest, context: object) -> Empty:

@@ -39,7 +39,7 @@ class Sandbox:
         self._storages = Storages()
         self._container_mounts: dict[str, list[str]] = {}
         self._crun = Crun(reaper, RUN_DIRECTORY)
-        self._reaper = reaper
+        self.reaper = reaper
         self._hooks: dict[str, list[dict[str, Any]]] = {}
         self._wants_pause = False
         self._pause_pid = 0
