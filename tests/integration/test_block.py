@@ -63,6 +63,12 @@ def loop(path: Path) -> Iterator[str]:
         subprocess.run(["losetup", "-d", device], check=True)
 
 
+def grow(path: Path, device: str, mib: int) -> None:
+    """A CSI driver's part."""
+    os.truncate(path, mib * MIB)
+    subprocess.run(["losetup", "-c", device], check=True)
+
+
 def device_entry(device: str) -> dict[str, Any]:
     """Of a spec's linux.devices."""
     number = Path(device).stat().st_rdev
@@ -311,9 +317,7 @@ def test_a_direct_volume_is_mounted_by_the_guest_measured_and_grows(
                         container.disks.guest_volumes[device].mount_point, 4 * MIB
                     )
                 if kind == "device":
-                    # The CSI driver's part.
-                    os.truncate(disk, 64 * MIB)
-                    subprocess.run(["losetup", "-c", device], check=True)
+                    grow(disk, device, 64)
                 await sandbox.resize_guest_volume(device, 64 * MIB)
                 after = await sandbox.guest_volume_stats(device)
                 assert 48 * MIB < after.usage[0].total <= 64 * MIB
