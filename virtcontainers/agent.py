@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_client.client import AgentClient
-from agent_client.protocols import agent_pb2, health_pb2, oci_json, types_pb2
+from agent_client.protocols import agent_pb2, csi_pb2, health_pb2, oci_json, types_pb2
 from ttrpc import Code, ConnectionClosed, StatusError, TtrpcError
 from virtcontainers import errors
 from virtcontainers.config import (
@@ -273,6 +273,16 @@ class KataAgent:
         )
         with translated(f"TtyWinResize {container_id}/{exec_id}"):
             await self.client.tty_win_resize(request)
+
+    async def get_volume_stats(self, guest_path: str) -> csi_pb2.VolumeStatsResponse:
+        request = agent_pb2.VolumeStatsRequest(volume_guest_path=guest_path)
+        with translated(f"GetVolumeStats {guest_path}"):
+            return await self.client.get_volume_stats(request)
+
+    async def resize_volume(self, guest_path: str, size_bytes: int) -> None:
+        request = agent_pb2.ResizeVolumeRequest(volume_guest_path=guest_path, size=size_bytes)
+        with translated(f"ResizeVolume {guest_path}"):
+            await self.client.resize_volume(request)
 
     async def get_oom_event(self) -> str:
         """The id of the next container that ran out of memory; waits for it."""

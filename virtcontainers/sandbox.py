@@ -14,18 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from virtcontainers import cleanup, persist
 from virtcontainers.agent import KataAgent
-from virtcontainers.config import RUN_VC, ContainerConfig, SandboxConfig, SharedFS
+from virtcontainers.config import RUN_VC, ContainerConfig, SandboxConfig
 from virtcontainers.container import Container, ContainerState
+from virtcontainers.device.disks import ContainerDisks, GuestVolume
+from virtcontainers.device.manager import DeviceManager
 from virtcontainers.device_cgroup import device_rules, sandbox_rules
 from virtcontainers.errors import (
     AlreadyExistsError,
     InvalidArgumentError,
     KataError,
+    NotFoundError,
     UnavailableError,
     UnimplementedError,
 )
 from virtcontainers.fs_share import FilesystemShare
-from virtcontainers.hypervisor.base import HypervisorError, vm_dir
+from virtcontainers.hypervisor.base import Hypervisor, HypervisorError, vm_dir
 from virtcontainers.hypervisor.process import find_processes
 from virtcontainers.network.child import open_namespace
 from virtcontainers.network.network import Network
@@ -34,6 +37,7 @@ from virtcontainers.resources import cpuset, wanted_memory_mib, wanted_vcpus
 from virtcontainers.vm import VM, VMConfig
 
 if TYPE_CHECKING:
+    from agent_client.protocols import csi_pb2
     from virtcontainers.factory import Factory
     from virtcontainers.network.port_forward import PortForward
 
@@ -64,14 +68,10 @@ async def create_sandbox(config: SandboxConfig, factory: Factory, *, prestart: H
         raise InvalidArgumentError(
             f"sandbox id {config.id!r}: found a name of the VM factory's in {RUN_VC / 'vm'}, expected another"
         )
-    if config.hypervisor.shared_fs is SharedFS.NONE:
-        raise InvalidArgumentError(
-            'shared_fs = "none" in [hypervisor.qemu]: a container\'s root reaches the guest through a share, '
-            'expected "virtio-fs" or "virtio-9p"'
-        )
     if persist.sandbox_dir(config.id).exists():
         raise AlreadyExistsError(f"sandbox {config.id} exists already: {persist.sandbox_dir(config.id)}")
     sandbox = Sandbox(config, factory)
+    ContainerDisks(config.container, config.hypervisor).require_root()
     try:
         await sandbox._start(prestart)
     except BaseException:
@@ -111,6 +111,9 @@ class Sandbox:
             spec.get("linux", {}).get("cgroupsPath") or "",
             sandbox_cgroup_only=config.sandbox_cgroup_only,
         )
+        self.devices = DeviceManager(config.id, self._allow_device)
+        self.is_ending = False
+        """The machine is about to be ended: nothing is unplugged any more."""
         self.network = Network(
             config.network, config.hypervisor, sandbox_id=config.id, on_planned=self._save_network
         )
@@ -120,12 +123,20 @@ class Sandbox:
         self._shared = asyncio.Event()
         """Set when the share is there for containers to be added."""
 
+    def _allow_device(self, path: Path) -> None:
+        self._cgroups.sandbox.update_devices(device_rules([path]))
+
+    @property
+    def hypervisor(self) -> Hypervisor:
+        """Raises UnavailableError when there is no machine."""
+        if self._vm is None:
+            raise UnavailableError(f"sandbox {self.id} has no machine")
+        return self._vm.hypervisor
+
     @property
     def hypervisor_pid(self) -> int:
         """QEMU's pid. Raises UnavailableError when there is no machine."""
-        if self._vm is None:
-            raise UnavailableError(f"sandbox {self.id} has no machine")
-        return self._vm.hypervisor.pid
+        return self.hypervisor.pid
 
     async def _start(self, prestart: Hook | None) -> None:
         config = self.config
@@ -416,6 +427,27 @@ class Sandbox:
             except KataError as error:
                 return str(error)
 
+    def _guest_volume(self, device: str) -> GuestVolume:
+        for container in self.containers.values():
+            if (found := container.disks.guest_volumes.get(device)) is not None:
+                return found
+        raise NotFoundError(f"sandbox {self.id} has no volume that is block device {device}")
+
+    async def guest_volume_stats(self, device: str) -> csi_pb2.VolumeStatsResponse:
+        """Of the file system on a direct volume; `device` is its mount info's. Raises KataError's classes."""
+        return await self.agent.get_volume_stats(self._guest_volume(device).mount_point)
+
+    async def resize_guest_volume(self, device: str, size_bytes: int) -> None:
+        """Fit the machine's disk, and the file system on it, to a device that has grown to `size_bytes`; an
+        image file grows with it. Raises KataError's classes."""
+        volume = self._guest_volume(device)
+        if volume.device.plugged is not None:
+            try:
+                await self.hypervisor.resize_block(volume.device.plugged, size_bytes)
+            except InvalidArgumentError as error:
+                raise InvalidArgumentError(f"volume on {device}: {error}") from error
+        await self.agent.resize_volume(volume.mount_point, size_bytes)
+
     async def wait_oom(self) -> str:
         """The id of the next container in which the guest's kernel killed for memory. Waits for ever on an
         agent that does not tell. Raises UnavailableError when the machine dies."""
@@ -430,6 +462,7 @@ class Sandbox:
 
         What the guest refuses, or is too late with, is logged: the machine is ended all the same.
         """
+        self.is_ending = True
         if self._vm is None:
             return
         if not self.is_dead:
@@ -469,7 +502,7 @@ class Sandbox:
     def save(self) -> None:
         """Persist what `virtcontainers.cleanup` would need."""
         self._state.rootfs = {
-            c.id: str(c.config.rootfs.target) for c in self.containers.values() if c.config.rootfs.mounts
+            c.id: str(c.config.rootfs.target) for c in self.containers.values() if c.is_root_mounted
         }
         persist.store(self._state)
 
