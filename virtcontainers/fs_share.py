@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,17 @@ from virtcontainers.errors import KataError
 
 _NAME_LIMIT_BYTES = 255
 """NAME_MAX of <linux/limits.h>."""
+
+
+WATCHABLE = "watchable"
+_SANDBOX_MOUNTS = "sandbox-mounts"
+
+
+def shared_name(container_id: str, destination: str) -> str:
+    """Kata's name for a container's file in the share, which its policies know; the end of a long one is cut
+    to what a file system takes."""
+    name = f"{container_id}-{secrets.token_hex(8)}-{Path(destination).name or 'root'}"
+    return os.fsencode(name)[:_NAME_LIMIT_BYTES].decode(errors="ignore")
 
 
 @dataclass(frozen=True)
@@ -81,25 +93,34 @@ class FilesystemShare:
         """Take the container's root back out of the share; idempotent."""
         self._unshare(self._mounts / container_id)
 
-    def share_file(self, container_id: str, source: Path, destination: str, *, readonly: bool) -> str:
-        """Share one bind mount's source, file or directory with all that is mounted in it; returns its path
-        in the guest. Read-only is enforced here, on the host, not left to the guest."""
-        # Kata's name, which its policies know; the end of a long one is cut to what a file system takes.
-        name = f"{container_id}-{secrets.token_hex(8)}-{Path(destination).name or 'root'}"
-        name = os.fsencode(name)[:_NAME_LIMIT_BYTES].decode(errors="ignore")
-        target = self._mounts / name
-        if not readonly:
-            mount.bind_mount(source, target, recursive=True)
-            return GUEST_SHARED_DIR + name
-        # A remount does not reach the copy in `shared`, a mount's flags at its making do: so the bind is made
-        # read-only at a private place first.
-        private = self.root / "private" / name
+    def share_sandbox_bind_mounts(self, sources: Sequence[str]) -> None:
+        """Share `sandbox_bind_mounts`, read-only, as `sandbox-mounts/NAME`: for the guest itself."""
+        for source in map(Path, sources):
+            self._share(source, Path(_SANDBOX_MOUNTS, source.resolve().name), readonly=True, slave=False)
+
+    def share_file(
+        self, container_id: str, source: Path, destination: str, *, readonly: bool, slave: bool = False
+    ) -> str:
+        """Share one bind mount's source, file or directory with all that is mounted in it, with `slave` also
+        later; returns its path in the guest. Read-only is enforced here, on the host, not left to the guest,
+        for all but what is mounted later."""
+        name = shared_name(container_id, destination)
+        self._share(source, Path(name), readonly=readonly, slave=slave)
+        return GUEST_SHARED_DIR + name
+
+    def _share(self, source: Path, name: Path, *, readonly: bool, slave: bool) -> None:
+        # A change of a mount, to be read-only or private, does not reach its copy in `shared` and those in
+        # virtiofsd's namespace; what it is at its making does. So the bind is made at a private place first.
+        private = self.root / "private" / name.name
         try:
-            mount.bind_mount(source, private, readonly=True, recursive=True)
-            mount.bind_mount(private, target, recursive=True)
+            mount.bind_mount(source, private, readonly=readonly, recursive=True, slave=slave)
+            mount.bind_mount(private, self._mounts / name, recursive=True, slave=slave)
         finally:
             _take_down(private)
-        return GUEST_SHARED_DIR + name
+
+    def make_watchable_directory(self) -> None:
+        """Where the guest mounts its copies of what it watches; it cannot make it, its share is read-only."""
+        (self._mounts / WATCHABLE).mkdir(exist_ok=True, mode=0o750)
 
     def unshare_files(self, container_id: str) -> None:
         """Take back everything of one container that `share_file` gave; idempotent."""

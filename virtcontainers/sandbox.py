@@ -116,6 +116,13 @@ class Sandbox:
             raise UnavailableError(f"sandbox {self.id} has no machine")
         return self._vm.hypervisor.pid
 
+    @property
+    def memory_mib(self) -> int:
+        """What the machine has. Raises UnavailableError when there is none."""
+        if self._vm is None:
+            raise UnavailableError(f"sandbox {self.id} has no machine")
+        return self._vm.hypervisor.memory_mib
+
     async def _start(self, prestart: Hook | None) -> None:
         config = self.config
         _check_id("container", config.container.id)
@@ -139,6 +146,7 @@ class Sandbox:
             await asyncio.wait({machine, shared}, return_when=asyncio.FIRST_COMPLETED)
             shared.cancel()
             if self._shared.is_set():
+                self.fs_share.share_sandbox_bind_mounts(config.sandbox_bind_mounts)
                 container.share()
         except BaseException:
             machine.cancel()
@@ -288,6 +296,9 @@ class Sandbox:
             await self._vm.add_cpus(vcpus)
         # Also what an earlier container has plugged and then not waited for.
         await self._vm.online_cpu_memory()
+        if memory_mib > 0:
+            for container in self.containers.values():
+                await container.size_tmpfs()
         if vcpus < 0:
             await hypervisor.hotunplug_vcpus(-vcpus, timeout_s=_UNPLUG_TIMEOUT_S)
         if memory_mib < 0 and defaults.enable_virtio_mem:
