@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from agent_client.protocols import agent_pb2 as pb
 from agent_client.protocols import csi_pb2, health_pb2, types_pb2
 from agent_client.transports import AgentAddress, dial_once, keep_trying
-from ttrpc import Client, ConnectionClosed, TtrpcError, snake_case
+from ttrpc import Client, ClientStream, ConnectionClosed, TtrpcError, snake_case
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +162,14 @@ class AgentClient:
     ) -> Any:
         """What every RPC above comes to."""
         return await self._connection.call(method, request, timeout_s=timeout_s, metadata=metadata)
+
+    async def forward(self) -> ClientStream:
+        """A connection into the machine, by the PortForward service: of our agent, others are UNIMPLEMENTED
+        as soon as it is used. Raises ConnectionClosed."""
+        from agent_client.protocols import port_forward_pb2
+
+        service = port_forward_pb2.DESCRIPTOR.services_by_name["PortForward"]
+        return await self._connection.stream(service.methods_by_name["Forward"])
 
     @property
     def closed(self) -> bool:

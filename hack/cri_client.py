@@ -299,6 +299,17 @@ def attach(client: Client, args: argparse.Namespace) -> int:
     return cri_streaming.run(answer.url, stdin=args.stdin, tty=args.tty)
 
 
+def port_forward(client: Client, args: argparse.Namespace) -> int:
+    ports = {}
+    for text in args.ports:
+        local, has_remote, remote = text.rpartition(":")
+        ports[int(remote)] = int(local) if has_remote and local else 0 if has_remote else int(remote)
+    request = cri.PortForwardRequest(pod_sandbox_id=client.pod_id(args.pod))
+    answer = client.call("PortForward", request, cri.PortForwardResponse)
+    cri_streaming.forward(answer.url, ports)
+    return 0
+
+
 def logs(client: Client, args: argparse.Namespace) -> int:
     """From the file, whose lines are "TIME STREAM F|P TEXT" (P: the line goes on)."""
     container = client.container_id(args.container)
@@ -468,6 +479,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--stdin", "-i", action="store_true")
     sub.add_argument("--tty", "-t", action="store_true")
     sub.add_argument("container")
+    sub = command("port-forward", port_forward, "forward local ports to a pod, until interrupted")
+    sub.add_argument("pod")
+    sub.add_argument("ports", nargs="+", metavar="[LOCAL]:REMOTE", help="without LOCAL: any free port")
     sub = command("logs", logs, "what a container has said")
     sub.add_argument("--follow", "-f", action="store_true")
     sub.add_argument("--tail", type=int, default=-1)
@@ -502,6 +516,8 @@ def main() -> int:
         found: int = args.act(Client(args.runtime_endpoint, args.rpc_timeout_s), args)
         sys.stdout.flush()
         return found
+    except KeyboardInterrupt:
+        return 130
     except (CriError, cri_streaming.StreamingError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,8 @@
-"""The client's side of exec and attach: a process's streams over SPDY/3.1, as the kubelet asks for them.
+"""The client's side of exec, attach and port-forward: streams over SPDY/3.1, as the kubelet asks for them.
 
-From the draft of SPDY/3.1 and Kubernetes' `v4.channel.k8s.io`: one SPDY stream for each of error, stdin,
-stdout, stderr and resize. Standard library only.
+From the draft of SPDY/3.1, Kubernetes' `v4.channel.k8s.io` (one SPDY stream for each of error, stdin, stdout,
+stderr and resize) and its `portforward.k8s.io` (two for each connection: error and data). Standard library
+only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import termios
 import tty
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from urllib.parse import urlsplit
 
 _SYN_STREAM, _SYN_REPLY, _RST_STREAM, _PING, _GOAWAY = 1, 2, 3, 6, 7
@@ -26,6 +27,7 @@ _FIN = 1
 _END = (0, b"", True)
 _NOTHING = (0, b"", False)
 _PROTOCOL = "v4.channel.k8s.io"
+_FORWARD_PROTOCOL = "portforward.k8s.io"
 
 
 class StreamingError(Exception):
@@ -49,10 +51,81 @@ def run(url: str, *, stdin: bool, tty: bool) -> int:
         return _exit_status(_pump(connection, error, inputs, outputs))
 
 
+def forward(url: str, ports: Mapping[int, int]) -> None:
+    """Listen on 127.0.0.1, and carry every connection to the pod, for ever: `ports` are the pod's, with our
+    own (0: any that is free). Raises StreamingError."""
+    with contextlib.ExitStack() as stack:
+        connection = _Spdy(stack, url, _FORWARD_PROTOCOL)
+        listeners = {}
+        for remote, local in ports.items():
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", local)))
+            listeners[listener] = remote
+            print(f"Forwarding from 127.0.0.1:{listener.getsockname()[1]} -> {remote}", flush=True)
+        _Forwarding(connection).run(listeners)
+
+
+class _Forwarding:
+    def __init__(self, connection: _Spdy) -> None:
+        self._connection = connection
+        self._by_stream: dict[int, socket.socket] = {}
+        self._by_socket: dict[socket.socket, int] = {}
+        """Those that have not ended on our side."""
+        self._errors: dict[int, int] = {}
+        """An error stream's port."""
+
+    def run(self, listeners: Mapping[socket.socket, int]) -> None:
+        spdy = self._connection
+        while True:
+            sources = [spdy.socket, *listeners, *self._by_socket]
+            readable, _, _ = select.select(sources, [], [], 0 if spdy.is_ready() else None)
+            for each in readable:
+                if each in listeners:
+                    self._accept(each.accept()[0], listeners[each])
+                elif each in self._by_socket:
+                    self._read(each)
+            if spdy.socket in readable or spdy.is_ready():
+                self._receive(*spdy.receive())
+
+    def _accept(self, sock: socket.socket, port: int) -> None:
+        names = {"port": str(port), "requestid": str(sock.fileno() << 32 | len(self._errors))}
+        error = self._connection.open("error", **names)
+        self._connection.send(error, b"", end=True)
+        self._errors[error] = port
+        data = self._connection.open("data", **names)
+        self._by_stream[data], self._by_socket[sock] = sock, data
+
+    def _read(self, sock: socket.socket) -> None:
+        try:
+            data = sock.recv(16384)
+        except OSError:
+            data = b""
+        stream = self._by_socket[sock]
+        self._connection.send(stream, data, end=not data)
+        if not data:
+            del self._by_socket[sock]
+
+    def _receive(self, stream: int, data: bytes, ended: bool) -> None:
+        if (stream, data, ended) == _END:
+            raise StreamingError("the connection ended")
+        if stream in self._errors and data:
+            text = data.decode(errors="replace")
+            print(f"an error occurred forwarding {self._errors[stream]}: {text}", file=sys.stderr, flush=True)
+        if (sock := self._by_stream.get(stream)) is None:
+            return
+        try:
+            sock.sendall(data)
+        except OSError:
+            ended = True
+        if ended:
+            del self._by_stream[stream]
+            self._by_socket.pop(sock, None)
+            sock.close()
+
+
 class _Spdy:
     """The connection, and the frames of it that are used here."""
 
-    def __init__(self, stack: contextlib.ExitStack, url: str) -> None:
+    def __init__(self, stack: contextlib.ExitStack, url: str, protocol: str = _PROTOCOL) -> None:
         parts = urlsplit(url)
         address = (parts.hostname or "127.0.0.1", parts.port or 80)
         self.socket = stack.enter_context(socket.create_connection(address))
@@ -67,7 +140,7 @@ class _Spdy:
             f"Host: {parts.netloc}",
             "Connection: Upgrade",
             "Upgrade: SPDY/3.1",
-            f"X-Stream-Protocol-Version: {_PROTOCOL}",
+            f"X-Stream-Protocol-Version: {protocol}",
             "Content-Length: 0",
         )
         self.socket.sendall("\r\n".join((*request, "", "")).encode())
@@ -77,12 +150,13 @@ class _Spdy:
         if " 101 " not in f"{status} ":
             raise StreamingError(f"{url}: found {status!r}, expected 101 Switching Protocols")
 
-    def open(self, kind: str) -> int:
+    def open(self, kind: str, **more: str) -> int:
         """A new stream; its id."""
         stream, self._next_id = self._next_id, self._next_id + 2
-        headers = struct.pack(">I", 1)
-        for text in (b"streamtype", kind.encode()):
-            headers += struct.pack(">I", len(text)) + text
+        headers = struct.pack(">I", 1 + len(more))
+        for name, value in {"streamtype": kind, **more}.items():
+            for text in (name.encode(), value.encode()):
+                headers += struct.pack(">I", len(text)) + text
         # The dictionary of the draft may be left out: zlib's header says which one was used. What the server
         # compresses with it, the headers of its answers, is not read.
         block = self._compressor.compress(headers) + self._compressor.flush(zlib.Z_SYNC_FLUSH)

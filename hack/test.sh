@@ -12,10 +12,17 @@ check() {
     "$@" || failed+=("$title")
 }
 
+# The tests have no network. Without them those of ttrpc with Go are skipped, and say why.
+go_modules() {
+    cd "$repo/tests/integration/ttrpc_go"
+    command -v go && timeout 600 go mod download || echo "they cannot be had here"
+}
+
 headline "==> set-up"
 hack/setup.sh
 hack/containerd-versions
 hack/vhost-user-daemons
+step "Go modules of the tests" go_modules
 
 bin=$venv/bin
 check "lint" "$bin/ruff" check

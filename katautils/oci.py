@@ -350,9 +350,12 @@ def _vm_resources(period: int, quota: int, memory: int) -> tuple[float, int]:
 def _with_workload(config: RuntimeConfig, cpus: float, memory_mib: int) -> HypervisorConfig:
     """The machine with the workload's size from the start, for nothing is added to it later."""
     import math
+    import os
     from dataclasses import replace
 
-    vcpus = math.ceil(config.hypervisor.default_vcpus + cpus)
+    # As when a machine grows: vCPUs that take turns help nobody, and no template has slots for them.
+    most = max(config.hypervisor.default_vcpus, os.cpu_count() or 1)
+    vcpus = min(math.ceil(config.hypervisor.default_vcpus + cpus), most)
     # A clone has the slots of its template, and is grown once before its first container.
     clones = config.factory.enable_template or config.factory.vm_cache_number > 0
     memory_mib += config.hypervisor.default_memory_mib

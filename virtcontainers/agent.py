@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_client.client import AgentClient
-from agent_client.protocols import agent_pb2, health_pb2, oci_json
+from agent_client.protocols import agent_pb2, health_pb2, oci_json, types_pb2
 from ttrpc import Code, ConnectionClosed, StatusError, TtrpcError
 from virtcontainers import errors
 from virtcontainers.config import (
@@ -75,6 +75,11 @@ class KataAgent:
         """Whether output can still be read after the exit was asked for: a feature of our agent."""
         return "keeps-output" in self.details.agent_details.extra_features
 
+    @property
+    def forwards_ports(self) -> bool:
+        """Whether `client.forward` connects into the machine: a feature of our agent."""
+        return "port-forward" in self.details.agent_details.extra_features
+
     async def check(self) -> None:
         with translated("Check"):
             await self.client.check(health_pb2.CheckRequest())
@@ -132,6 +137,32 @@ class KataAgent:
         )
         with translated("CreateSandbox"):
             await self.client.create_sandbox(request)
+
+    async def update_interface(self, interface: types_pb2.Interface) -> None:
+        """Waits for the interface: it may have been plugged in just now."""
+        with translated(f"UpdateInterface {interface.name}"):
+            await self.client.update_interface(agent_pb2.UpdateInterfaceRequest(interface=interface))
+
+    async def update_routes(self, routes: Sequence[types_pb2.Route]) -> None:
+        """These are all there are afterwards, beside those that the guest's kernel makes itself."""
+        request = agent_pb2.UpdateRoutesRequest(routes=agent_pb2.Routes(Routes=routes))
+        with translated("UpdateRoutes"):
+            await self.client.update_routes(request)
+
+    async def add_arp_neighbors(self, neighbors: Sequence[types_pb2.ARPNeighbor]) -> None:
+        """Those without a state are permanent."""
+        request = agent_pb2.AddARPNeighborsRequest(neighbors=agent_pb2.ARPNeighbors(ARPNeighbors=neighbors))
+        with translated("AddARPNeighbors"):
+            await self.client.add_arp_neighbors(request)
+
+    async def list_interfaces(self) -> list[types_pb2.Interface]:
+        with translated("ListInterfaces"):
+            return list((await self.client.list_interfaces(agent_pb2.ListInterfacesRequest())).Interfaces)
+
+    async def list_routes(self) -> list[types_pb2.Route]:
+        """The kernel's own too."""
+        with translated("ListRoutes"):
+            return list((await self.client.list_routes(agent_pb2.ListRoutesRequest())).Routes)
 
     async def destroy_sandbox(self, timeout_s: float) -> None:
         with translated("DestroySandbox"):

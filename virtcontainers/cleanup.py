@@ -34,6 +34,13 @@ async def cleanup(sandbox_id: str, container_id: str) -> None:
             await Qemu.cleanup(state.hypervisor)
         except KataError as error:
             failures.append(error)
+    if container_id == sandbox_id and state.network:
+        from virtcontainers.network import network
+
+        try:
+            await network.cleanup(state.network)
+        except KataError as error:
+            failures.append(error)
     if container_id == sandbox_id and state.cgroups:
         from virtcontainers.resource_control import ResourceController
 

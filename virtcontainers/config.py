@@ -19,7 +19,7 @@ RUN_VC = Path("/run/vc")
 """Root of `sbs/<sandbox>` (persisted state) and `vm/<sandbox>` (sockets, logs), as in Kata."""
 
 SHARED_SANDBOXES = Path("/run/kata-containers/shared/sandboxes")
-"""Host side of what guests see: `<sandbox>/{mounts,shared,private}`."""
+"""Host side of what guests see: `<sandbox>/{mounts,shared}`."""
 
 GUEST_SHARED_DIR = "/run/kata-containers/shared/containers/"
 """Where the guest mounts the share; the rootfs of container C is `<here>C/rootfs`."""

@@ -192,6 +192,8 @@ class Container:
     async def start(self) -> None:
         """Raises what the agent says, "executable file not found" for one; the container is then STOPPED."""
         self.require(ContainerState.CREATED)
+        # What was done to the pod's namespace since it was created: `ctr run --cni` fills it only now.
+        await self.sandbox.network.settle()
         try:
             await self.sandbox.agent.start_container(self.id)
         except KataError:

@@ -17,9 +17,20 @@ from pathlib import Path
 from virtcontainers import mount
 from virtcontainers.config import GUEST_SHARED_DIR, SHARED_SANDBOXES, RootFs
 from virtcontainers.errors import KataError
+from virtcontainers.syscalls import (
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NOEXEC,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_NOSYMFOLLOW,
+)
 
 _NAME_LIMIT_BYTES = 255
 """NAME_MAX of <linux/limits.h>."""
+
+_ATTRIBUTES = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_NOSYMFOLLOW
+"""Of all that is shared, on the host alone. The guest's root makes symlinks, device nodes and setuid programs
+as any root does, and its kernel deals with them. Who serves them here, by these mounts, cannot follow, open
+or execute them."""
 
 
 WATCHABLE = "watchable"
@@ -54,7 +65,7 @@ class FilesystemShare:
 
     def prepare(self) -> None:
         """Make the tree and its two mounts. Raises KataError; what was made then is for `cleanup`."""
-        for directory in (self.shared_path, self._mounts, self.root / "private"):
+        for directory in (self.shared_path, self._mounts):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         # The host's / may be private: mounts reach `shared` only from a mount that is itself shared.
         mount.mount(self._mounts, self._mounts, flags=mount.MS_BIND)
@@ -80,7 +91,7 @@ class FilesystemShare:
         rootfs.target.mkdir(parents=True, exist_ok=True)
         mount.mount_all(rootfs.mounts, rootfs.target)
         target = self._mounts / container_id / "rootfs"
-        mount.bind_mount(rootfs.target, target, recursive=True)
+        mount.bind_mount(rootfs.target, target, recursive=True, attributes=_ATTRIBUTES)
         return f"{GUEST_SHARED_DIR}{container_id}/rootfs"
 
     def unshare_root_filesystem(self, container_id: str, rootfs: RootFs) -> None:
@@ -96,7 +107,7 @@ class FilesystemShare:
     def share_sandbox_bind_mounts(self, sources: Sequence[str]) -> None:
         """Share `sandbox_bind_mounts`, read-only, as `sandbox-mounts/NAME`: for the guest itself."""
         for source in map(Path, sources):
-            self._share(source, Path(_SANDBOX_MOUNTS, source.resolve().name), readonly=True, slave=False)
+            self._share(source, f"{_SANDBOX_MOUNTS}/{source.resolve().name}", readonly=True, slave=False)
 
     def share_file(
         self, container_id: str, source: Path, destination: str, *, readonly: bool, slave: bool = False
@@ -105,18 +116,25 @@ class FilesystemShare:
         later; returns its path in the guest. Read-only is enforced here, on the host, not left to the guest,
         for all but what is mounted later."""
         name = shared_name(container_id, destination)
-        self._share(source, Path(name), readonly=readonly, slave=slave)
+        self._share(source, name, readonly=readonly, slave=slave)
         return GUEST_SHARED_DIR + name
 
-    def _share(self, source: Path, name: Path, *, readonly: bool, slave: bool) -> None:
-        # A change of a mount, to be read-only or private, does not reach its copy in `shared` and those in
-        # virtiofsd's namespace; what it is at its making does. So the bind is made at a private place first.
-        private = self.root / "private" / name.name
+    def _share(self, source: Path, name: str, *, readonly: bool, slave: bool) -> None:
+        beneath = _guests_folder(source)
         try:
-            mount.bind_mount(source, private, readonly=readonly, recursive=True, slave=slave)
-            mount.bind_mount(private, self._mounts / name, recursive=True, slave=slave)
-        finally:
-            _take_down(private)
+            mount.bind_mount(
+                source,
+                self._mounts / name,
+                readonly=readonly,
+                recursive=True,
+                slave=slave,
+                attributes=_ATTRIBUTES,
+                beneath=beneath,
+            )
+        except KataError as error:
+            if beneath is None:
+                raise
+            raise KataError(f"{error}; a guest can write in {beneath}") from error
 
     def make_watchable_directory(self) -> None:
         """Where the guest mounts its copies of what it watches; it cannot make it, its share is read-only."""
@@ -144,9 +162,30 @@ class FilesystemShare:
         mount.remove_mountpoints(self.root)
 
 
+def _guests_folder(source: Path) -> Path | None:
+    """The outermost folder on the way to `source` in which a guest can write, of this pod or of another:
+    below it there may be symlinks of the guest's. None: there is no such folder."""
+    writable = set()
+    for point in mount.mounts_below(SHARED_SANDBOXES):
+        parts = point.relative_to(SHARED_SANDBOXES).parts
+        if parts[1:2] == ("mounts",) and (len(parts) == 3 or parts[3:] == ("rootfs",)):
+            with contextlib.suppress(OSError):
+                if not os.statvfs(point).f_flag & os.ST_RDONLY:
+                    writable.add(_identity(point))
+    for folder in reversed((source, *source.parents)):
+        try:
+            if _identity(folder) in writable:
+                return folder
+        except OSError:
+            return None
+    return None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
 def _take_down(path: Path) -> None:
     mount.unmount_below(path)
-    if path.is_dir():
-        mount.remove_mountpoints(path)
-    else:
-        path.unlink(missing_ok=True)
+    mount.remove_mountpoints(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from virtcontainers import syscalls
 from virtcontainers.config import Mount
-from virtcontainers.errors import InvalidArgumentError, KataError
+from virtcontainers.errors import KataError
 
 # <sys/mount.h>
 MS_RDONLY = 1
@@ -117,11 +119,19 @@ def _check(error: int, what: str) -> None:
         raise KataError(f"{what}: {os.strerror(error)}")
 
 
-def mount(source: Path | str, target: Path, fstype: str = "", flags: int = 0, data: str = "") -> None:
-    """mount(2). Raises KataError naming source, target and the kernel's reason."""
+def mount(
+    source: Path | str,
+    target: Path,
+    fstype: str = "",
+    flags: int = 0,
+    data: str = "",
+    *,
+    name: Path | None = None,
+) -> None:
+    """mount(2). Raises KataError naming source, target (or `name` in its place) and the kernel's reason."""
     error = _call_mount(str(source), str(target), fstype, flags, data)
     kind = fstype or ("bind" if flags & MS_BIND else "propagation")
-    _check(error, f"mount {source or 'none'} on {target} ({kind}{', ' + data if data else ''})")
+    _check(error, f"mount {source or 'none'} on {name or target} ({kind}{', ' + data if data else ''})")
 
 
 def unmount(target: Path) -> None:
@@ -152,36 +162,59 @@ def parse_options(options: Sequence[str]) -> tuple[int, list[int], str]:
 def mount_all(mounts: Sequence[Mount], root: Path) -> None:
     """Mount containerd's list of mounts on `root`, in order; when one fails, those before it are undone.
 
-    Raises KataError with the mount that failed, InvalidArgumentError for a target that leaves `root`.
+    A target is looked up as in the container, with `root` for its root: its symlinks are the image's or a
+    guest's.
+    Raises KataError with the mount that failed.
     """
-    with contextlib.ExitStack() as undo:
-        for entry in mounts:
-            target = root
-            if entry.target:
-                target = (root / entry.target.lstrip("/")).resolve()
-                if not target.is_relative_to(root.resolve()):
-                    raise InvalidArgumentError(f"mount target {entry.target!r} leaves the rootfs {root}")
-                target.mkdir(parents=True, exist_ok=True)
-            _mount_one(entry, target)
-            undo.callback(unmount, target)
-        undo.pop_all()
+    for entry in mounts:
+        try:
+            _mount_one(entry, root)
+        except BaseException:
+            unmount_below(root)
+            raise
 
 
-def _mount_one(entry: Mount, target: Path) -> None:
+def _mount_one(entry: Mount, root: Path) -> None:
     flags, propagation, data = parse_options(entry.options)
     fstype = "" if flags & MS_BIND else entry.type
-    if len(data) >= os.sysconf("SC_PAGE_SIZE") and entry.type == "overlay":
-        _mount_long_overlay(entry, target, flags)
-    else:
-        mount(entry.source, target, fstype, flags, data)
-    # The kernel ignores every flag but MS_REC of a new bind; they take a remount.
-    if flags & MS_BIND and flags & ~(MS_BIND | MS_REC):
-        _remount_bind(target, flags & ~(MS_BIND | MS_REC))
-    for change in propagation:
-        mount("", target, flags=change)
+    with _target(root, entry.target, make=True) as target:
+        if len(data) >= os.sysconf("SC_PAGE_SIZE") and entry.type == "overlay":
+            _mount_long_overlay(entry, target, flags, name=root)
+        else:
+            mount(entry.source, target, fstype, flags, data, name=root / entry.target.lstrip("/"))
+    # Opened anew: what was open is below the mount.
+    with _target(root, entry.target) as target:
+        # The kernel ignores every flag but MS_REC of a new bind; they take a remount.
+        if flags & MS_BIND and flags & ~(MS_BIND | MS_REC):
+            _remount_bind(target, flags & ~(MS_BIND | MS_REC))
+        for change in propagation:
+            mount("", target, flags=change)
 
 
-def _mount_long_overlay(entry: Mount, target: Path, flags: int) -> None:
+@contextlib.contextmanager
+def _target(root: Path, below: str, *, make: bool = False) -> Iterator[Path]:
+    """The directory `below` in `root`, open: a path to it that leads nowhere else, whatever is renamed."""
+    names = [name for name in below.split("/") if name]
+    flags, resolve = os.O_PATH | os.O_DIRECTORY, syscalls.RESOLVE_IN_ROOT
+    try:
+        with contextlib.ExitStack() as stack:
+            root_fd = fd = stack.enter_context(syscalls.opened(root, flags))
+            for path in itertools.accumulate(names, "{}/{}".format):
+                try:
+                    child = syscalls.openat2(root_fd, path, flags, resolve)
+                except FileNotFoundError:
+                    if not make:
+                        raise
+                    os.mkdir(path.rpartition("/")[2], dir_fd=fd)
+                    child = syscalls.openat2(root_fd, path, flags, resolve)
+                stack.callback(os.close, child)
+                fd = child
+            yield syscalls.fd_path(fd)
+    except OSError as error:
+        raise KataError(f"mount target {below!r} in {root}: {error.strerror}") from error
+
+
+def _mount_long_overlay(entry: Mount, target: Path, flags: int, *, name: Path) -> None:
     """An image of many layers needs more than the page that mount(2) takes as data: mount from a child whose
     working directory is the layers' common parent, with relative names."""
     lower_option = next(o for o in entry.options if o.startswith("lowerdir="))
@@ -200,7 +233,7 @@ def _mount_long_overlay(entry: Mount, target: Path, flags: int) -> None:
         except BaseException:
             os._exit(errno.EIO)
     _, status = os.waitpid(pid, 0)
-    _check(os.waitstatus_to_exitcode(status), f"mount overlay of {len(lowers)} layers on {target}")
+    _check(os.waitstatus_to_exitcode(status), f"mount overlay of {len(lowers)} layers on {name}")
 
 
 def _remount_bind(target: Path, flags: int) -> None:
@@ -213,31 +246,53 @@ def _remount_bind(target: Path, flags: int) -> None:
 
 
 def bind_mount(
-    source: Path, target: Path, *, readonly: bool = False, recursive: bool = False, slave: bool = False
+    source: Path,
+    target: Path,
+    *,
+    readonly: bool = False,
+    recursive: bool = False,
+    slave: bool = False,
+    attributes: int = 0,
+    beneath: Path | None = None,
 ) -> None:
-    """Bind `source` on `target` (made as file or directory if absent), private to this place.
+    """Bind `source` on `target` (made as file or directory if absent). What is mounted below one of them
+    later does not come to the other; with `slave` it does from a source that is shared, without `attributes`.
 
-    With `slave` what is mounted below a source that is shared comes and goes here too, never the other way.
+    Read-only and other `attributes` (MOUNT_ATTR_*) hold for all that is mounted in it, and from the
+    beginning, so that its copies at other places have them, too. Somebody hostile may rename below
+    `source` meanwhile, and with `beneath`, in which it is, also on the way to it: one that leads out of that
+    is refused.
     On failure `target` is not mounted; a target made stays. Raises KataError.
     """
-    make_mountpoint(source, target)
-    mount(source, target, flags=MS_BIND | (MS_REC if recursive else 0))
-    try:
-        mount("", target, flags=(MS_SLAVE if slave else MS_PRIVATE) | (MS_REC if recursive else 0))
-        if readonly:
-            for path in mounts_below(target) if recursive else [target]:
-                _remount_bind(path, MS_RDONLY)
-    except BaseException:
-        unmount_below(target)
-        raise
+    attributes |= syscalls.MOUNT_ATTR_RDONLY if readonly else 0
+    with contextlib.ExitStack() as stack:
+        try:
+            opened = _open_source(source, beneath)
+            stack.callback(os.close, opened)
+            is_directory = stat.S_ISDIR(os.fstat(opened).st_mode)
+        except OSError as error:
+            raise KataError(f"bind mount source {source}: {error.strerror}") from error
+        try:
+            make_mountpoint(target, is_directory=is_directory)
+            place = stack.enter_context(syscalls.opened(target, os.O_PATH | os.O_NOFOLLOW))
+            tree = stack.enter_context(syscalls.mount_tree(opened, recursive=recursive))
+            # Before it has a place: where its parent has copies, it has some from then on, made as it is.
+            syscalls.set_attributes(tree, attributes, MS_SLAVE if slave else MS_PRIVATE)
+            syscalls.move_mount(tree, place)
+        except OSError as error:
+            raise KataError(f"bind mount {source} on {target}: {error.strerror}") from error
 
 
-def make_mountpoint(source: Path, target: Path) -> None:
-    """Make `target` a directory or an empty file, as `source` is. Raises KataError when source is missing."""
-    try:
-        is_directory = stat.S_ISDIR(source.stat().st_mode)
-    except OSError as error:
-        raise KataError(f"bind mount source {source}: {error.strerror}") from error
+def _open_source(source: Path, beneath: Path | None) -> int:
+    if beneath is None:
+        return os.open(source, os.O_PATH | os.O_CLOEXEC)
+    with syscalls.opened(beneath) as directory:
+        resolve = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_MAGICLINKS
+        return syscalls.openat2(directory, str(source.relative_to(beneath)), os.O_PATH, resolve)
+
+
+def make_mountpoint(target: Path, *, is_directory: bool) -> None:
+    """Make `target` a directory or an empty file. Raises OSError."""
     if is_directory:
         target.mkdir(parents=True, exist_ok=True, mode=0o750)
     else:
@@ -287,26 +342,52 @@ def _mounts() -> Iterator[MountInfo]:
 
 
 def unmount_below(path: Path) -> None:
-    """Unmount everything at and below `path`, last mounted first."""
-    for mount_point in reversed(mounts_below(path)):
-        unmount(mount_point)
+    """Unmount everything at and below `path`, with all that is mounted in it.
+
+    Only what is mounted outermost is named to the kernel: the way to a mount within another may lead through
+    symlinks of a guest's by now.
+    """
+    while found := mounts_below(path):
+        for point in found:
+            if not any(other in point.parents for other in found):
+                unmount(point)
+        if mounts_below(path) == found:
+            raise KataError(f"{path}: does not go: still mounted at {', '.join(map(str, found[:3]))}")
 
 
 def remove_mountpoints(path: Path) -> None:
     """Remove a tree of mount points: directories, and empty files that were bound over.
 
-    Never deletes content: a file with bytes in it or a mount that is still there ends it with KataError.
+    Never deletes content, and never enters a mount or a symlink: a file with bytes in it, a mount that is
+    still there or anything else ends it with KataError.
     Call after `unmount_below`. A missing path is no error, and neither is another process that does the same.
     """
     left = mounts_below(path)
     if left:
         raise KataError(f"{path} is not removed: still mounted at {', '.join(map(str, left[:3]))}")
-    for directory, _, files in os.walk(path, topdown=False):
-        for name in files:
-            file = Path(directory) / name
-            with contextlib.suppress(FileNotFoundError):
-                if file.lstat().st_size:
-                    raise KataError(f"{path} is not removed: {file} has content")
-                file.unlink()
-        with contextlib.suppress(FileNotFoundError):
-            Path(directory).rmdir()
+    try:
+        with syscalls.opened(path.parent) as parent:
+            _remove(parent, path.name, path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise KataError(f"{path} is not removed: {error.strerror}") from error
+
+
+def _remove(parent: int, name: str, path: Path) -> None:
+    """Raises OSError, and KataError for what is not to be removed."""
+    resolve = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_XDEV
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        if not stat.S_ISDIR(found.st_mode):
+            if found.st_size or not stat.S_ISREG(found.st_mode):
+                raise KataError(f"{path} is not removed: it has content")
+            os.unlink(name, dir_fd=parent)
+            return
+        directory = syscalls.openat2(parent, name, os.O_RDONLY | os.O_DIRECTORY, resolve)
+        try:
+            for child in os.listdir(directory):  # noqa: PTH208
+                _remove(directory, child, path / child)
+        finally:
+            os.close(directory)
+        os.rmdir(name, dir_fd=parent)

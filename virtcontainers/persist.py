@@ -30,6 +30,8 @@ class SandboxState:
     """Container id -> the host directory on which we mounted its root."""
     cgroups: list[str] = field(default_factory=list)
     """Paths in each hierarchy, in the order of their making."""
+    network: dict[str, Any] = field(default_factory=dict)
+    """`virtcontainers.network`'s, for its `cleanup`."""
     format: int = _FORMAT
 
 

@@ -34,6 +34,8 @@ _V1_CONTROLLERS = frozenset(
         *("perf_event", "net_cls", "net_prio", "rdma"),
     )
 )
+_NO_MACHINES = frozenset(("hugetlb", "perf_event", "net_cls", "net_prio", "rdma"))
+"""What no pod is held to unless its engine, which needs the same rights, has made it a cgroup there."""
 _REMOVE_TIMEOUT_S = 2.0
 _MAX_CPU = 8191  # of Linux on x86, CONFIG_NR_CPUS
 
@@ -73,27 +75,45 @@ class Hierarchy:
     mount_point: Path
     controllers: frozenset[str]
     """Of v1; empty for v2."""
+    home: Path | None = None
+    """The cgroup of this process, when it was looked for; None when it is not to be seen here."""
 
     @property
     def is_v2(self) -> bool:
         return not self.controllers
 
 
-def find_hierarchies(mountinfo: Path = Path("/proc/self/mountinfo")) -> list[Hierarchy]:
+def find_hierarchies(
+    mountinfo: Path = Path("/proc/self/mountinfo"), cgroup: Path = Path("/proc/self/cgroup")
+) -> list[Hierarchy]:
     """All of v1 where there is a controller in one, else v2's."""
+    own: dict[str, PurePosixPath] = {}
+    for line in cgroup.read_text().splitlines():
+        _, names, path = line.split(":", 2)
+        own.update(dict.fromkeys(names.split(","), PurePosixPath(path)))
     found: dict[str, Hierarchy] = {}
     unified: list[Hierarchy] = []
     for line in mountinfo.read_text().splitlines():
         left, _, right = line.partition(" - ")
-        mount_point = Path(left.split()[4])
+        _, _, _, root, mount_point, *_ = left.split()
         fstype, _, options = right.split(" ", 2)
         if fstype == "cgroup2":
-            unified.append(Hierarchy(mount_point, frozenset()))
+            home = _home(Path(mount_point), root, own.get(""))
+            unified.append(Hierarchy(Path(mount_point), frozenset(), home))
         elif fstype == "cgroup":
             controllers = _V1_CONTROLLERS & frozenset(options.replace(" ", ",").split(","))
             if controllers:  # and not systemd's own
-                found.setdefault(",".join(sorted(controllers)), Hierarchy(mount_point, controllers))
+                name = ",".join(sorted(controllers))
+                home = _home(Path(mount_point), root, own.get(min(controllers)))
+                found.setdefault(name, Hierarchy(Path(mount_point), controllers, home))
     return list(found.values()) or unified[:1]
+
+
+def _home(mount_point: Path, root: str, path: PurePosixPath | None) -> Path | None:
+    """`root` is the cgroup that is mounted there, which is not the topmost one in some containers."""
+    if path is None or ".." in path.parts or not path.is_relative_to(root):
+        return None
+    return mount_point / path.relative_to(root)
 
 
 @dataclass(frozen=True)
@@ -134,12 +154,15 @@ class ResourceController:
             yield hierarchy, hierarchy.mount_point / self.path.lstrip("/")
 
     def create(self) -> None:
-        """Idempotent."""
-        for hierarchy, directory in self._directories():
+        """Idempotent. Hierarchies that hold nothing of a machine are left out where nobody may write."""
+        for hierarchy, directory in list(self._directories()):
             try:
                 _make(hierarchy, directory)
             except OSError as error:
-                raise KataError(f"cgroup {directory}: {error.strerror}") from error
+                if hierarchy.is_v2 or not hierarchy.controllers <= _NO_MACHINES:
+                    raise KataError(f"cgroup {directory}: {error.strerror}") from error
+                log.info("there is no cgroup %s: %s", directory, error.strerror)
+                self._hierarchies = [other for other in self._hierarchies if other != hierarchy]
 
     def add_process(self, pid: int) -> None:
         """With all its threads; children to come are born here."""
@@ -167,10 +190,14 @@ class ResourceController:
             for rule in rules:
                 try:
                     (directory / ("devices.allow" if rule.allow else "devices.deny")).write_text(rule.text)
-                except PermissionError:
-                    log.info("cgroup %s: device %s is not allowed above it", directory, rule.text)
                 except OSError as error:
-                    raise KataError(f"{directory}: device {rule.text!r}: {error.strerror}") from error
+                    if rule.allow and isinstance(error, PermissionError):
+                        log.info("cgroup %s: device %s is not allowed above it", directory, rule.text)
+                        continue
+                    asked = "allowed" if rule.allow else "denied"
+                    raise KataError(
+                        f"{directory}: device {rule.text!r} cannot be {asked}: {error.strerror}"
+                    ) from error
 
     def _write(self, name: str, text: str) -> None:
         for _, directory in self._directories():
@@ -192,11 +219,12 @@ class ResourceController:
         return total
 
     def delete(self) -> None:
-        """Remove it; whoever is still in it goes to its parent. Idempotent, in any process."""
+        """Remove it; whoever is still in it goes where this process came from, or to its parent. Idempotent,
+        in any process."""
         for hierarchy, directory in self._directories():
             deadline = time.monotonic() + _REMOVE_TIMEOUT_S
             while True:
-                _move_up(hierarchy, directory)
+                _move_out(hierarchy, directory)
                 try:
                     directory.rmdir()
                 except FileNotFoundError:
@@ -228,25 +256,29 @@ def _make(hierarchy: Hierarchy, directory: Path) -> None:
                 (directory / name).write_text((directory.parent / name).read_text())
 
 
-def _move_up(hierarchy: Hierarchy, directory: Path) -> None:
-    with contextlib.suppress(OSError):
-        for pid in (directory / "cgroup.procs").read_text().split():
-            _move_process_up(hierarchy, directory, pid)
-    with contextlib.suppress(OSError):  # v1: threads whose process is elsewhere
-        for thread_id in (directory / "tasks").read_text().split():
-            with contextlib.suppress(OSError):
-                (directory.parent / "tasks").write_text(thread_id)
+def _move_out(hierarchy: Hierarchy, directory: Path) -> None:
+    places = [*([hierarchy.home] if hierarchy.home else []), *directory.parents]
+    # v2: processes are in the leaves, and in the root unless that is a namespace's.
+    places = [
+        place
+        for place in places
+        if place.is_relative_to(hierarchy.mount_point) and not place.is_relative_to(directory)
+    ]
+    for name in ("cgroup.procs", "tasks"):  # v1 has both: a thread's process may be elsewhere
+        with contextlib.suppress(OSError):
+            for id_ in (directory / name).read_text().split():
+                _move(id_, [place / name for place in places])
 
 
-def _move_process_up(hierarchy: Hierarchy, directory: Path, pid: str) -> None:
-    while directory != hierarchy.mount_point:
-        directory = directory.parent
+def _move(id_: str, files: Iterable[Path]) -> None:
+    """Into the first that takes it."""
+    for file in files:
         try:
-            (directory / "cgroup.procs").write_text(pid)
-        except OSError as error:
-            # v2: processes are in the leaves and in the root only.
-            if error.errno == errno.EBUSY:
-                continue
+            file.write_text(id_)
+        except ProcessLookupError:
+            return
+        except OSError:
+            continue
         return
 
 
@@ -366,6 +398,6 @@ class PodCgroups:
         return self.sandbox.stat() + (self.overhead.stat() if self.overhead else ResourceStats())
 
     def delete(self) -> None:
-        """Idempotent; this process goes up to the parents."""
+        """Idempotent; this process goes back where it came from."""
         for controller in filter(None, (self.overhead, self.sandbox)):
             controller.delete()

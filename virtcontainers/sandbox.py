@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+import stat
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,15 @@ from virtcontainers.errors import (
 from virtcontainers.fs_share import FilesystemShare
 from virtcontainers.hypervisor.base import HypervisorError, vm_dir
 from virtcontainers.hypervisor.process import find_processes
+from virtcontainers.network.child import open_namespace
+from virtcontainers.network.network import Network
 from virtcontainers.resource_control import PodCgroups, ResourceStats, parse_cpus, pin_thread
 from virtcontainers.resources import cpuset, wanted_memory_mib, wanted_vcpus
 from virtcontainers.vm import VM, VMConfig
 
 if TYPE_CHECKING:
     from virtcontainers.factory import Factory
+    from virtcontainers.network.port_forward import PortForward
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _FACTORYS = re.compile(r"template|(?:template|cache)-[0-9a-f]{12}")
 """In the folder of the pods' machines these are the factory's: its template, and its own machines."""
 
+_RESOLV_CONF_LIMIT_BYTES = 64 << 10
 _DESTROY_TIMEOUT_S = 10.0
 _DEATH_TIMEOUT_S = 1.0
 _UNPLUG_TIMEOUT_S = 5.0
@@ -104,6 +109,10 @@ class Sandbox:
             spec.get("linux", {}).get("cgroupsPath") or "",
             sandbox_cgroup_only=config.sandbox_cgroup_only,
         )
+        self.network = Network(
+            config.network, config.hypervisor, sandbox_id=config.id, on_planned=self._save_network
+        )
+        self._port_forward: PortForward | None = None
         self._pinned = False
         self._resizing = asyncio.Lock()
         self._shared = asyncio.Event()
@@ -139,6 +148,7 @@ class Sandbox:
             )
         )
         self._cgroups.sandbox.update_cpuset(*cpuset([container.resources]))
+        self.network.start()
         machine = asyncio.create_task(self._get_vm())
         try:
             # The machine starts meanwhile: QEMU is a process of its own.
@@ -196,9 +206,41 @@ class Sandbox:
                 hypervisor=config.hypervisor,
                 config=config.agent,
             ),
+            self._attach_network(),
         )
+        await self._forward_ports()
         await self.update_resources()
         await container.create()
+
+    async def _attach_network(self) -> None:
+        assert self._vm is not None
+        await self.network.attach(self._vm.hypervisor, self.agent)
+        # What hooks have done since.
+        await self.network.settle()
+
+    async def _forward_ports(self) -> None:
+        """What does not work is logged: the pod can do without."""
+        path = self.config.network.network_namespace
+        if path is None or self.config.network.disable_new_network:
+            return
+        if not self.agent.forwards_ports:
+            self._log.info("the guest's agent has no port-forward: the pod's localhost will refuse it")
+            return
+        from virtcontainers.network.port_forward import PortForward
+
+        try:
+            namespace = open_namespace(path)
+            try:
+                self._port_forward = PortForward(namespace, self.agent, sandbox_id=self.id)
+            finally:
+                os.close(namespace)
+            await self._port_forward.start()
+        except KataError as error:
+            self._log.warning("the pod's localhost will refuse port-forward: %s", error)
+
+    async def _stop_forwarding(self) -> None:
+        if self._port_forward is not None:
+            await self._port_forward.close()
 
     async def _get_vm(self) -> None:
         def on_planned(persisted: dict[str, Any], share_of: str | None = None) -> None:
@@ -349,6 +391,8 @@ class Sandbox:
                 watch.cancel()
         self.is_dead = True
         self._log.error("the pod is dead: %s", reason)
+        await self._stop_forwarding()
+        await self.network.close()
         await self._vm.agent.close()
         return reason
 
@@ -385,6 +429,8 @@ class Sandbox:
             except KataError as error:
                 self._log.warning("the guest did not end the sandbox: %s", error)
         self.is_dead = True
+        await self._stop_forwarding()
+        await self.network.close()
         await self._vm.stop()
 
     async def delete(self) -> None:
@@ -395,8 +441,18 @@ class Sandbox:
         self._deleted = True
         for container in list(self.containers.values()):
             await container.cleanup()
-        self._cgroups.delete()
-        cleanup.remove_host_state(self.id)
+        try:
+            await self.network.delete()
+        except KataError as error:
+            self._log.warning("the network namespace is not as it was: %s", error)
+        try:
+            self._cgroups.delete()
+        finally:
+            cleanup.remove_host_state(self.id)
+
+    def _save_network(self, planned: dict[str, Any]) -> None:
+        self._state.network = planned
+        self.save()
 
     def save(self) -> None:
         """Persist what `virtcontainers.cleanup` would need."""
@@ -416,8 +472,20 @@ def _dns(container: Container) -> list[str]:
     for entry in container.config.spec.get("mounts") or []:
         if entry["destination"] == "/etc/resolv.conf" and entry.get("source"):
             try:
-                text = Path(entry["source"]).read_text()
-            except (OSError, UnicodeDecodeError) as error:
+                text = _read_small(Path(entry["source"]))
+            except (OSError, ValueError) as error:
                 raise InvalidArgumentError(f"{entry['source']} of /etc/resolv.conf: {error}") from error
             return [line for line in text.splitlines() if line.strip()]
     return []
+
+
+def _read_small(path: Path) -> str:
+    """Of a file that a guest may have written. Raises OSError, and ValueError for what is no small text."""
+    # What is no file may not even open.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("found no regular file, expected one")
+        data = file.read(_RESOLV_CONF_LIMIT_BYTES + 1)
+    if len(data) > _RESOLV_CONF_LIMIT_BYTES:
+        raise ValueError(f"found more than {_RESOLV_CONF_LIMIT_BYTES} bytes")
+    return data.decode()

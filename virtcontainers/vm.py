@@ -108,8 +108,14 @@ class VM:
 
     async def connect(self, timeout_s: float) -> None:
         """Reach the agent, while watching that there still is a machine to answer. Raises as `start`."""
-        address = self.hypervisor.agent_address
-        agent = asyncio.create_task(AgentClient.connect(address, timeout_s=timeout_s))
+        deadline = asyncio.get_running_loop().time() + timeout_s
+
+        async def dial() -> AgentClient:
+            await self.hypervisor.wait_dialable(timeout_s)
+            left_s = max(0.0, deadline - asyncio.get_running_loop().time())
+            return await AgentClient.connect(self.hypervisor.agent_address, timeout_s=left_s)
+
+        agent = asyncio.create_task(dial())
         death = asyncio.create_task(self.hypervisor.wait_dead())
         try:
             await asyncio.wait({agent, death}, return_when=asyncio.FIRST_COMPLETED)
@@ -136,9 +142,9 @@ class VM:
     async def resume(self) -> None:
         await self.hypervisor.resume_vm()
 
-    async def prepare_save(self) -> None:
-        """Rid a running machine booted to be a template, and disconnected, of what cannot be saved."""
-        await self.hypervisor.prepare_save_vm()
+    async def unplug_hvsock(self) -> None:
+        """Rid a running machine, disconnected, of what cannot be saved, and only its maker can dial."""
+        await self.hypervisor.unplug_hvsock()
 
     async def save(self) -> None:
         """Save the devices' state of a machine booted to be a template; it must be paused."""
@@ -225,7 +231,9 @@ class VM:
         await self.hypervisor.attach(timeout_s)
 
     async def detach(self) -> None:
-        """Let go of a paused machine, for another process to `attach` to it; it can still be stopped."""
+        """Let go of a paused machine, for another process to `attach` to it; it can still be stopped.
+
+        Before `pause`: `unplug_hvsock`."""
         await self.disconnect()
         await self.hypervisor.detach()
 

@@ -79,9 +79,9 @@ async def serve(listen: str, *, is_init: bool) -> None:
     import logging
     import socket
 
-    from agent_client.protocols import agent_pb2, health_pb2
+    from agent_client.protocols import agent_pb2, health_pb2, port_forward_pb2
     from guest.agent.reaper import Reaper
-    from guest.agent.rpc import AgentService, HealthService, map_error
+    from guest.agent.rpc import AgentService, HealthService, PortForwardService, map_error
     from guest.agent.sandbox import Sandbox
     from ttrpc import Server
     from ttrpc.framing import READ_LIMIT
@@ -94,6 +94,7 @@ async def serve(listen: str, *, is_init: bool) -> None:
     service = AgentService(sandbox, is_init=is_init)
     server.register(agent_pb2.DESCRIPTOR.services_by_name["AgentService"], service)
     server.register(health_pb2.DESCRIPTOR.services_by_name["Health"], HealthService())
+    server.register(port_forward_pb2.DESCRIPTOR.services_by_name["PortForward"], PortForwardService())
 
     hosts = 0
 
@@ -104,7 +105,7 @@ async def serve(listen: str, *, is_init: bool) -> None:
         if hosts == 1:
             from guest.agent.warm import warm_up
 
-            warm_up(sandbox)
+            warm_up(sandbox, is_init=is_init)
 
     async def serve_socket(family: int, address: str | tuple[int, int]) -> None:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)

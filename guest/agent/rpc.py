@@ -6,12 +6,12 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 
-from agent_client.protocols import agent_pb2, csi_pb2, health_pb2, oci_json
+from agent_client.protocols import agent_pb2, csi_pb2, health_pb2, oci_json, port_forward_pb2, types_pb2
 from guest.agent import VERSION, copy_file, hotplug, storage
 from guest.agent.sandbox import Sandbox
 from ttrpc import Code, StatusError
@@ -62,8 +62,9 @@ class AgentService:
             init_daemon=self._is_init,
             storage_handlers=storage.HANDLERS,
             supports_seccomp=os.path.exists("/proc/sys/kernel/seccomp"),
-            # The host need not read all output before it asks for the exit, as with Kata's agent.
-            extra_features=["keeps-output"],
+            # The host need not read all output before it asks for the exit, as with Kata's agent; and it can
+            # reach the pod's ports by a service of ours.
+            extra_features=["keeps-output", "port-forward"],
         )
         return agent_pb2.GuestDetailsResponse(
             agent_details=details,
@@ -157,6 +158,42 @@ class AgentService:
         from guest.agent import linux
 
         linux.swapon(request.path)
+        return Empty()
+
+    # The network. Under --listen it is this process's: of the host's namespace, unless it was given its own.
+
+    async def update_interface(
+        self, request: agent_pb2.UpdateInterfaceRequest, context: object
+    ) -> types_pb2.Interface:
+        from guest.agent import network
+
+        await _whole(network.update_interface(request.interface))
+        return request.interface
+
+    async def list_interfaces(
+        self, request: agent_pb2.ListInterfacesRequest, context: object
+    ) -> agent_pb2.Interfaces:
+        from guest.agent import network
+
+        return agent_pb2.Interfaces(Interfaces=network.list_interfaces())
+
+    async def update_routes(
+        self, request: agent_pb2.UpdateRoutesRequest, context: object
+    ) -> agent_pb2.Routes:
+        from guest.agent import network
+
+        network.update_routes(request.routes.Routes)
+        return agent_pb2.Routes(Routes=network.list_routes())
+
+    async def list_routes(self, request: agent_pb2.ListRoutesRequest, context: object) -> agent_pb2.Routes:
+        from guest.agent import network
+
+        return agent_pb2.Routes(Routes=network.list_routes())
+
+    async def add_arp_neighbors(self, request: agent_pb2.AddARPNeighborsRequest, context: object) -> Empty:
+        from guest.agent import network
+
+        network.add_arp_neighbors(request.neighbors.ARPNeighbors)
         return Empty()
 
     # Containers
@@ -279,6 +316,15 @@ class HealthService:
         self, request: health_pb2.CheckRequest, context: object
     ) -> health_pb2.VersionCheckResponse:
         return health_pb2.VersionCheckResponse(grpc_version=_API_VERSION, agent_version=VERSION)
+
+
+class PortForwardService:
+    def forward(
+        self, chunks: AsyncIterator[port_forward_pb2.Chunk], context: object
+    ) -> AsyncIterator[port_forward_pb2.Chunk]:
+        from guest.agent.port_forward import forward
+
+        return forward(chunks)
 
 
 def map_error(error: Exception) -> StatusError | None:

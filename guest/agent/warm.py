@@ -13,11 +13,12 @@ from google.protobuf.message import Message
 
 from agent_client.protocols import oci_json, oci_pb2
 from guest.agent.sandbox import Sandbox
+from ttrpc import StatusError
 
 log = logging.getLogger(__name__)
 
 
-def warm_up(sandbox: Sandbox) -> None:
+def warm_up(sandbox: Sandbox, *, is_init: bool) -> None:
     """Blocks for some 0.1 s of an emulated machine. What fails is logged: it will fail again, and be told,
     when it is wanted."""
     spec = oci_pb2.Spec()
@@ -28,10 +29,25 @@ def warm_up(sandbox: Sandbox) -> None:
         sandbox.prepare()
     except OSError as error:
         log.warning("crun: %s", error)
+    if is_init:
+        _prepare_network()
     # Python's collector writes to every object it looks at: clones go on sharing those that are there.
     gc.collect()
     gc.freeze()
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def _prepare_network() -> None:
+    """For the interface that most pods are given: its driver, and what sets it up."""
+    from guest.agent import network
+    from guest.agent.modules import load_module
+
+    try:
+        load_module("virtio_net")
+        network.list_interfaces()
+        network.list_routes()
+    except (OSError, StatusError) as error:
+        log.warning("network: %s", error)
 
 
 def _fill(message: Message) -> None:

@@ -193,6 +193,11 @@ def _check_bounds(name: str, key_name: str, value: Value) -> None:
             _refuse(name, str(value), "a positive integer")
         case "shared_fs" if value not in ("virtio-fs", "virtio-9p"):
             _refuse(name, value, '"virtio-fs" or "virtio-9p"')
+        case "virtio_fs_extra_args":
+            from virtcontainers.hypervisor.virtiofsd import weakening
+
+            if found := weakening(value):
+                _refuse(name, found, "no argument that changes the sandbox of virtiofsd")
         case "indep_iothreads" if not 1 <= value <= 50:
             _refuse(name, str(value), "an integer from 1 to 50")
 

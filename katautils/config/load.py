@@ -178,6 +178,8 @@ def _hypervisor(settings: dict[str, Setting], warnings: list[str]) -> Hypervisor
     ):  # fmt: skip
         fields.convert(field, Path)
     fields.convert("shared_fs", SharedFS)
+    # Kata's older name.
+    fields.convert("virtio_fs_cache", lambda mode: "never" if mode == "none" else mode)
     fields.convert("default_bridges", lambda n: min(n, MAX_BRIDGES))
     for field in ("pcie_root_port", "pcie_switch_port"):
         fields.convert(field, lambda n: min(n, MAX_PCIE_PORTS))

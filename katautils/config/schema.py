@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 Value = Any
 """bool, int, float, str, or a tuple of str; of tables what TOML has."""
 
+INT32_MAX = (1 << 31) - 1
 UINT32_MAX = (1 << 32) - 1
 UINT64_MAX = (1 << 64) - 1
 INT64_MAX = (1 << 63) - 1
@@ -128,6 +129,20 @@ def _accept_number(value: Any) -> float:
     return value
 
 
+def _accept_msize(value: Any) -> int:
+    size: int = UINT32.accept(value)
+    if size and not 4096 <= size <= INT32_MAX:
+        raise ValueError
+    return size
+
+
+def _accept_queue_size(value: Any) -> int:
+    size: int = UINT32.accept(value)
+    if size and (not 8 <= size <= 1024 or size & (size - 1)):
+        raise ValueError
+    return size
+
+
 def _accept_sector_size(value: Any) -> int:
     size: int = UINT32.accept(value)
     if size and (not 512 <= size <= 65536 or size & (size - 1)):
@@ -146,6 +161,10 @@ UINT64 = integer(0, UINT64_MAX)
 INT64 = integer(-INT64_MAX - 1, INT64_MAX)
 NUMBER = Kind("a number", _accept_number, float)
 SECTOR_SIZE = Kind("0 or a power of two from 512 to 65536", _accept_sector_size, _text_int)
+# 4096 is the least that QEMU's 9p server takes, and the guest's kernel reads a signed number.
+MSIZE_9P = Kind("0 or an integer from 4096 to 2147483647", _accept_msize, _text_int)
+# 1024 is the most that QEMU's queues have; the guest's virtiofs wants more than four places.
+QUEUE_SIZE = Kind("0 or a power of two from 8 to 1024", _accept_queue_size, _text_int)
 VFIO_PORT = one_of("no-port", "bridge-port", "root-port", "switch-port")
 TABLE = Kind("a table", _accept_table, _text)
 TABLES = Kind("a list of tables", _accept_tables, _text)
@@ -225,10 +244,10 @@ HYPERVISOR: Table = {
     "valid_virtio_fs_daemon_paths": Key(PATHS, "valid_virtio_fs_daemon_paths"),
     "virtio_fs_cache": Key(one_of("never", "metadata", "auto", "always", "none"), "virtio_fs_cache"),
     "virtio_fs_cache_size": Key(UINT32, "virtio_fs_cache_size_mib"),
-    "virtio_fs_queue_size": Key(UINT32, "virtio_fs_queue_size"),
+    "virtio_fs_queue_size": Key(QUEUE_SIZE, "virtio_fs_queue_size"),
     "virtio_fs_extra_args": Key(STRINGS, "virtio_fs_extra_args"),
     "virtio_fs_is_dax": Key(BOOL),
-    "msize_9p": Key(UINT32, "msize_9p"),
+    "msize_9p": Key(MSIZE_9P, "msize_9p"),
     "block_device_driver": Key(BLOCK_DEVICE_DRIVER, "block_device_driver", idle=("virtio-scsi",), inert=True),
     "block_device_aio": Key(
         one_of("threads", "native", "io_uring"), "block_device_aio", idle=("io_uring",), inert=True
@@ -261,7 +280,7 @@ HYPERVISOR: Table = {
     "overhead_vcpus": Key(NUMBER),
     "overhead_memory": Key(UINT32),
     "disable_nested_virtualization": Key(BOOL),
-    "disable_vhost_net": Key(BOOL, "disable_vhost_net", idle=(True,), inert=True),
+    "disable_vhost_net": Key(BOOL, "disable_vhost_net"),
     "network_queues": Key(UINT32, idle=(1,)),
     "rx_rate_limiter_max_rate": Key(UINT64),
     "tx_rate_limiter_max_rate": Key(UINT64),
@@ -413,13 +432,8 @@ FACTORY: Table = {
 
 RUNTIME: Table = {
     "enable_debug": Key(BOOL, "enable_debug"),
-    "internetworking_model": Key(
-        one_of("default", "tcfilter", "macvtap", "none"),
-        "internetworking_model",
-        idle=("default", "tcfilter"),
-        inert=True,
-    ),
-    "disable_new_netns": Key(BOOL, "disable_new_netns", inert=True),
+    "internetworking_model": Key(one_of("default", "tcfilter", "macvtap", "none"), "internetworking_model"),
+    "disable_new_netns": Key(BOOL, "disable_new_netns"),
     "disable_guest_seccomp": Key(BOOL, "disable_guest_seccomp"),
     "guest_selinux_label": Key(STRING, "guest_selinux_label", inert=True),
     "enable_vcpus_pinning": Key(BOOL, "enable_vcpus_pinning"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import itertools
 import re
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from host_state import RUN
-from private_containerd import RUNTIME, TEST_IMAGE, Containerd
+from private_containerd import RUNTIME, TEST_IMAGE, TEST_IMAGE_ARCHIVE, Containerd
 
 T = TypeVar("T")
 
@@ -26,6 +29,23 @@ _numbers = itertools.count(1)
 def new_id(name: str) -> str:
     """A container id nobody else has, on this machine."""
     return f"{re.sub('[^a-z0-9]+', '-', name.lower())[:40].strip('-')}-{RUN}-{next(_numbers)}"
+
+
+@functools.cache
+def busybox() -> bytes:
+    """The test image's program, which is static."""
+    with tarfile.open(TEST_IMAGE_ARCHIVE) as archive:
+        layer = archive.extractfile(max(archive.getmembers(), key=lambda member: member.size))
+        assert layer
+        with tarfile.open(fileobj=io.BytesIO(layer.read())) as tar:
+            program = tar.extractfile("bin/busybox")
+            assert program
+            return program.read()
+
+
+def put_busybox(path: Path) -> None:
+    path.write_bytes(busybox())
+    path.chmod(0o755)
 
 
 def wait_for(what: str, look: Callable[[], T | None], timeout_s: float = TIMEOUT_S) -> T:

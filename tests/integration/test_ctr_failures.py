@@ -1,15 +1,12 @@
 """A container that cannot be made: the user's terminal names the cause; `host_unchanged` finds nothing."""
 
-import io
 import subprocess
-import tarfile
 import time
 from pathlib import Path
 
 import pytest
 from conftest import Config
-from harness import Ctr
-from private_containerd import TEST_IMAGE_ARCHIVE
+from harness import Ctr, busybox
 
 
 def refusal(ctr: Ctr, container_id: str, options: tuple[str, ...]) -> str:
@@ -47,16 +44,9 @@ def test_empty_initrd(ctr: Ctr, container_id: str, config: Config, tmp_path: Pat
 
 def initrd_that_sleeps(path: Path) -> Path:
     """A guest that boots and has no agent: one static busybox as init, in the format of cpio -H newc."""
-    with tarfile.open(TEST_IMAGE_ARCHIVE) as archive:
-        layer = archive.extractfile(max(archive.getmembers(), key=lambda member: member.size))
-        assert layer
-        with tarfile.open(fileobj=io.BytesIO(layer.read())) as tar:
-            busybox = tar.extractfile("bin/busybox")
-            assert busybox
-            program = busybox.read()
     entries = [
         ("bin", 0o40755, b""),
-        ("bin/busybox", 0o100755, program),
+        ("bin/busybox", 0o100755, busybox()),
         ("init", 0o100755, b"#!/bin/busybox sh\nwhile :; do /bin/busybox sleep 1000; done\n"),
         ("TRAILER!!!", 0, b""),
     ]

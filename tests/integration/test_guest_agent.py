@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import put_busybox
 
 from agent_client.protocols import agent_pb2, health_pb2, oci_json
 from ttrpc import Client, Code, StatusError
@@ -28,8 +29,10 @@ APPLETS = (
 )
 TIMEOUT_S = 120.0
 
-# The first line makes a cgroup v2 hierarchy where a guest has it, whatever the host has there.
+# A cgroup v2 hierarchy where a guest has it, whatever the host has there, and the guest's busybox.
 SET_UP = """
+mount -t overlay -o "lowerdir=$1:/bin" overlay /bin
+shift
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir -p /sys/fs/cgroup/containers
 mount -t tmpfs tmpfs /run
@@ -39,8 +42,7 @@ exec "$@"
 _ids = itertools.count()
 
 pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("crun") is None or shutil.which("busybox") is None,
-    reason="needs root, crun and busybox",
+    os.geteuid() != 0 or shutil.which("crun") is None, reason="needs root and crun"
 )
 
 
@@ -49,7 +51,7 @@ def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("rootfs")
     for directory in ("bin", "proc", "sys", "dev", "tmp", "etc", "mnt"):
         (root / directory).mkdir()
-    shutil.copy("/bin/busybox", root / "bin/busybox")
+    put_busybox(root / "bin/busybox")
     for applet in APPLETS.split():
         (root / "bin" / applet).symlink_to("busybox")
     root.chmod(0o755)
@@ -99,9 +101,12 @@ def _cgroup2() -> Path:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("agent")
+    programs = directory / "bin"
+    programs.mkdir()
+    put_busybox(programs / "busybox")
     socket, log = directory / "agent.sock", directory / "agent.log"
     command = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    command += ["sh", "-ec", SET_UP, "sh", sys.executable, "-m", "guest.agent.main"]
+    command += ["sh", "-ec", SET_UP, "sh", str(programs), sys.executable, "-m", "guest.agent.main"]
     with log.open("wb") as output:
         process = subprocess.Popen([*command, "--listen", f"unix:{socket}"], cwd=REPO, stderr=output)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 from conftest import Config
 from cri import Crictl, Pod
 from harness import Ctr, processes_of, wait_for
+from host_state import RUN
 from private_containerd import Containerd
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -35,6 +37,16 @@ mount -t sysfs sysfs /sys && mount -t cgroup2 cgroup2 {CGROUPS} || exit 1
 exec /usr/bin/containerd "$@"' containerd "$@"
 """
 """A containerd that, with all it starts, sees a host of cgroup v2 alone."""
+
+IN_A_NAMESPACE = f"""#!/bin/sh
+echo $$ >CONTAINER/cgroup.procs || exit 1
+exec unshare --mount --cgroup sh -c '
+while mountpoint -q /sys; do umount -R -l /sys || exit 1; done
+mount -t sysfs sysfs /sys && mount -t cgroup2 cgroup2 {CGROUPS} && mkdir {CGROUPS}/engine || exit 1
+echo $$ >{CGROUPS}/engine/cgroup.procs || exit 1
+exec /usr/bin/containerd "$@"' containerd "$@"
+"""
+"""The same in a container: what it sees as the root is a cgroup that takes no processes, CONTAINER."""
 
 
 def threads_of(pid: int) -> dict[int, str]:
@@ -104,11 +116,17 @@ def growing(cpus: str = "") -> dict[str, object]:
 
 
 @pytest.fixture
-def pure_v2_ctr(tmp_path_factory: pytest.TempPathFactory, containerd: Containerd) -> Iterator[Ctr]:
-    directory = tmp_path_factory.mktemp("v2")
+def v2_root() -> Path:
+    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return next(Path(fields[4]) for fields in mounts if "cgroup2" in fields)
+
+
+@contextlib.contextmanager
+def ctr_of(script: str, directory: Path, containerd: Containerd) -> Iterator[Ctr]:
+    """On a containerd that `script` starts."""
     binaries = directory / "bin"
     binaries.mkdir()
-    (binaries / "containerd").write_text(PURE_V2)
+    (binaries / "containerd").write_text(script)
     (binaries / "containerd").chmod(0o755)
     (binaries / "ctr").symlink_to(containerd.binaries / "ctr")
     instance = dataclasses.replace(
@@ -119,6 +137,12 @@ def pure_v2_ctr(tmp_path_factory: pytest.TempPathFactory, containerd: Containerd
         yield Ctr(instance)
     finally:
         instance.destroy()
+
+
+@pytest.fixture
+def pure_v2_ctr(tmp_path_factory: pytest.TempPathFactory, containerd: Containerd) -> Iterator[Ctr]:
+    with ctr_of(PURE_V2, tmp_path_factory.mktemp("v2"), containerd) as ctr:
+        yield ctr
 
 
 @on_v1
@@ -273,11 +297,9 @@ def test_a_machine_of_a_fixed_size_is_in_its_cgroups_too(ctr: Ctr, container_id:
 
 @pytest.mark.parametrize("only", [True, False])
 def test_pods_on_a_host_of_cgroup_v2_alone(
-    pure_v2_ctr: Ctr, container_id: str, config: Config, only: bool
+    pure_v2_ctr: Ctr, container_id: str, config: Config, only: bool, v2_root: Path
 ) -> None:
-    ctr = pure_v2_ctr
-    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    root = next(Path(fields[4]) for fields in mounts if "cgroup2" in fields)
+    ctr, root = pure_v2_ctr, v2_root
     cgroup, overhead = f"/default/kata_{container_id}", f"/kata_overhead/{container_id}"
 
     def cgroup_of(thread: int) -> str:
@@ -299,3 +321,32 @@ def test_pods_on_a_host_of_cgroup_v2_alone(
         ctr("tasks", "rm", "-f", container_id)
         assert not (root / cgroup[1:]).exists()
         assert not (root / overhead[1:]).exists()
+
+
+def test_pods_of_an_engine_that_is_in_a_container_itself(
+    containerd: Containerd, container_id: str, config: Config, v2_root: Path, tmp_path: Path
+) -> None:
+    """Docker in Docker, kind: with cgroup v2 and a namespace of them."""
+    container = v2_root / f"engine-{RUN}"
+    container.mkdir()
+    try:
+        with ctr_of(IN_A_NAMESPACE.replace("CONTAINER", str(container)), tmp_path, containerd) as ctr:
+            with ctr.detached(container_id, "sleep", "1000", options=config({})):
+                (machine,) = processes_of(container_id, "qemu-system")
+                pids = (container / f"default/kata_{container_id}/cgroup.procs").read_text().split()
+                assert str(machine) in pids
+                ctr("tasks", "rm", "-f", container_id)
+                assert not list(container.glob(f"*/*{container_id}"))
+            ctr.run(f"{container_id}-2", "true", options=config({}))
+            assert {path.parent.name for path in container.glob("*/cgroup.procs")} == {
+                *("engine", "default", "kata_overhead")
+            }
+    finally:
+        for directory, _, _ in os.walk(container, topdown=False):
+            wait_for("its processes to end", functools.partial(removed, Path(directory)))
+
+
+def removed(cgroup: Path) -> bool:
+    with contextlib.suppress(OSError):
+        cgroup.rmdir()
+    return not cgroup.exists()

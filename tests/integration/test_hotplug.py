@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guest_shell import run_in_guest
 from host_state import RUN
-from test_template_guest import mount_share, run_in_guest
+from test_template_guest import mount_share
 
 from agent_client.protocols import agent_pb2
 from virtcontainers.agent import KataAgent

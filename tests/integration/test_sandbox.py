@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import new_id, processes_of
+from harness import new_id, processes_of, put_busybox
 
 from agent_client.client import REQUEST_TIMEOUT_S
 from virtcontainers import persist
@@ -74,7 +73,7 @@ def container_config(directory: Path, container_id: str, given: dict[str, Any]) 
     base = directory / container_id
     lower = base / "lower"
     (lower / "bin").mkdir(parents=True)
-    shutil.copy("/bin/busybox", lower / "bin/busybox")
+    put_busybox(lower / "bin/busybox")
     for applet in ("sh", "cat", "echo", "sleep", "true"):
         (lower / "bin" / applet).symlink_to("busybox")
     for name in ("proc", "dev"):

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guest_shell import run_in_guest
 from harness import new_id
 from host_state import RUN
 from test_hypervisor import REPO, daemon, runs, wait_gone
 from test_sandbox import container_config, run, sandbox_config, spec
-from test_template_guest import clock_is_off_by, ignore_plan, run_in_guest, running, template_machine
+from test_template_guest import clock_is_off_by, ignore_plan, running, template_machine
 
 from agent_client.protocols import agent_pb2
 from katautils.config import RuntimeConfig

@@ -214,7 +214,8 @@ class Handler:
             case "big":
                 return EchoPayload(msg="x" * request.seq)
             case "metadata":
-                return EchoPayload(msg=str(context.metadata))
+                # Go sends a map's keys in any order.
+                return EchoPayload(msg=str(dict(sorted(context.metadata.items()))))
             case "timeout":
                 assert context.timeout_s is not None
                 return EchoPayload(seq=round(context.timeout_s))

@@ -321,6 +321,7 @@ async def _rest(vm: VM) -> None:
     await vm.reseed_rng()
     await vm.sync_time()
     await vm.disconnect()
+    await vm.unplug_hvsock()
     # It may still be busy with that, and would go on with it when somebody waits for it.
     await asyncio.sleep(_SETTLE_S)
     await vm.pause()

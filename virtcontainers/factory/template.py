@@ -419,7 +419,7 @@ async def _create_template_vm(
             # What the agent does when its host has gone is done when it answers the next.
             await vm.connect(config.agent.dial_timeout_s)
             await vm.disconnect()
-            await vm.prepare_save()
+            await vm.unplug_hvsock()
             squeezed = allocated_bytes(memory)
             on_progress("saving the machine")
             await vm.pause()

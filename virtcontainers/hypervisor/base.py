@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,18 @@ class VMState(Enum):
     RUNNING = "running"
     PAUSED = "paused"
     STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class NetDevice:
+    """A TAP, and the network card in front of it. The descriptors stay their owner's."""
+
+    tap: str
+    hardware_addr: str
+    fds: Sequence[int]
+    """One a queue."""
+    vhost_fds: Sequence[int] = ()
+    """As many, or none: QEMU itself carries the frames then."""
 
 
 class Hypervisor(ABC):
@@ -123,6 +137,15 @@ class Hypervisor(ABC):
     async def hotunplug_memory(self, mib: int, *, timeout_s: float) -> int:
         """Take up to `mib` back of what was plugged, as far as the guest can spare it in time; the rest
         stays, which is logged. Gives how many MiB have gone. Raises HypervisorError."""
+
+    @abstractmethod
+    async def hotplug_net(self, device: NetDevice) -> str:
+        """Plug a network card into a RUNNING machine; gives its PCI path, for the agent. The descriptors can
+        be closed afterwards. Raises HypervisorError; nothing was plugged then."""
+
+    @abstractmethod
+    async def hotunplug_net(self, tap: str, *, timeout_s: float) -> None:
+        """Return when the guest has let go of it and the TAP is closed. Raises HypervisorError."""
 
     @abstractmethod
     async def wait_dead(self) -> str:

@@ -9,10 +9,11 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from virtcontainers.hypervisor.base import HypervisorError
+from virtcontainers.hypervisor.capabilities import Capability, limiter
 from virtcontainers.hypervisor.logs import with_tail
 
 MARK = "KATA_PY_VM"
@@ -20,6 +21,7 @@ MARK = "KATA_PY_VM"
 be there by chance, and it stays through wrappers and forks."""
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 _TERMINATE_TIMEOUT_S = 5.0
 
 
@@ -54,20 +56,29 @@ class MachineProcess:
         stdout: int | None = None,
         pass_fds: Iterable[int] = (),
         outlives_us: bool = False,
+        capabilities: Collection[Capability] | None = frozenset(),
+        own_network: bool = False,
     ) -> MachineProcess:
         """Start `argv` for the machine of `directory`; stderr, and stdout unless given, go to its log there.
 
-        It gets nothing of ours but `pass_fds`, under their numbers, and is killed when we die, unless it
-        `outlives_us`. Raises HypervisorError when it does not start.
+        It gets nothing of ours but `pass_fds`, under their numbers, and `capabilities` (None: all), and is
+        killed when we die, unless it `outlives_us`. With `own_network` it is in a new network namespace,
+        where there is nothing. Raises HypervisorError when it does not start.
         """
         log = _log_of(name, directory)
         libc = ctypes.CDLL(None)
         parent = os.getpid()
+        limit = limiter(capabilities) if capabilities is not None and os.geteuid() == 0 else None
 
-        def die_with_parent() -> None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it died before the prctl
-                os._exit(1)
+        def prepare() -> None:
+            if own_network and libc.unshare(_CLONE_NEWNET) != 0:
+                raise OSError  # of which nobody sees more than that it was raised here
+            if not outlives_us:
+                libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+                if os.getppid() != parent:  # it died before the prctl
+                    os._exit(1)
+            if limit is not None:
+                limit()
 
         with log.open("ab") as output:
             try:
@@ -81,7 +92,7 @@ class MachineProcess:
                     env={"PATH": os.defpath, MARK: str(directory)},
                     cwd="/",
                     start_new_session=True,
-                    preexec_fn=None if outlives_us else die_with_parent,
+                    preexec_fn=prepare,
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 raise HypervisorError(f"{argv[0]} does not start: {error}") from error

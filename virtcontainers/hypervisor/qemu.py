@@ -7,7 +7,8 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Coroutine, Iterator, Mapping
+import subprocess
+from collections.abc import Collection, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +17,20 @@ from typing import Any, TypeVar
 from agent_client.transports import AgentAddress, HybridVsockAddress, SerialAddress, VsockAddress
 from virtcontainers.config import RUN_VC, Accel, AgentConfig, AgentTransport, HypervisorConfig, SharedFS
 from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError
+from virtcontainers.hypervisor import capabilities, hotplug_net
 from virtcontainers.hypervisor.accel import decide_accel
 from virtcontainers.hypervisor.base import (
     BootTimeout,
     Hypervisor,
     HypervisorError,
+    NetDevice,
     Persisted,
     QMPFailed,
     RestoreFailed,
     VMState,
     vm_dir,
 )
+from virtcontainers.hypervisor.capabilities import Capability
 from virtcontainers.hypervisor.hotplug import Hotplug
 from virtcontainers.hypervisor.logs import ConsoleLog, with_tail
 from virtcontainers.hypervisor.memory_file import copy_extents
@@ -46,9 +50,11 @@ from virtcontainers.hypervisor.qmp import COMMAND_TIMEOUT_S, QMP
 from virtcontainers.hypervisor.vhost_vsock import (
     VHOST_DEVICE_VSOCK,
     GuestCID,
+    connected,
     find_context_id,
     find_vhost_device_vsock,
     resolve_transport,
+    unread_bytes,
     vhost_device_vsock_argv,
 )
 from virtcontainers.hypervisor.virtiofsd import Virtiofsd, detect_flavour, find_virtiofsd
@@ -60,10 +66,13 @@ T = TypeVar("T")
 MACHINE_TYPE = "q35"
 _MIGRATION_TIMEOUT_S = 30.0
 _UNPLUG_TIMEOUT_S = 30.0
+_HELP_TIMEOUT_S = 30.0
 _TAKE_BACK_TIMEOUT_S = 5.0
 """The guest refuses at once, or is at work already; nobody's container waits for it."""
 _PLUGGED_POLL_S = 0.01
 _VSOCK = "vsock0"
+_VSOCK_SOCKET = "vsock"
+_VHOST_DEVICE_VSOCK = "vhost-device-vsock"
 _SHARE = "fs0"
 _LAST_WORDS_TIMEOUT_S = 1.0
 _CONSOLE_TAIL_LINES = 30
@@ -98,6 +107,11 @@ class Qemu(Hypervisor):
         self._others: dict[str, int] | None = None
         """The pids of a machine that another process has started, QEMU's first."""
         self._link: Path | None = None
+        # Into a port: it is to be taken out again.
+        self._plugs_hvsock = config.boot_from_template or config.boot_to_be_template or outlives_us
+        self._vsock_port = ""
+        self._vsock_connection: socket.socket | None = None
+        """QEMU's to vhost-device-vsock, until the agent may be dialled."""
         self._log = logging.LoggerAdapter(log, {"sandbox": vm_id})
         self._command_line: QemuCommandLine | None = None
         self._transport = AgentTransport.AUTO
@@ -112,6 +126,7 @@ class Qemu(Hypervisor):
         self._memory_mib = config.default_memory_mib
         self._hotplug: Hotplug | None = None
         self._free_ports = [f"rp{number}" for number in range(HOTPLUG_PORTS + config.pcie_root_port)]
+        self._net_slots: dict[str, BridgeSlot] = {}
         self._free_slots = [
             BridgeSlot(bridge, slot) for bridge in range(config.default_bridges) for slot in BRIDGE_SLOTS
         ]
@@ -138,6 +153,8 @@ class Qemu(Hypervisor):
             _require_file("firmware", "firmware", config.firmware)
         if self._shared_path is not None and config.shared_fs is SharedFS.VIRTIO_FS:
             self._virtiofsd = find_virtiofsd(config)
+            if config.virtio_fs_cache_size_mib:
+                _require_dax(config)
         decision = decide_accel(config.accel)
         if decision.accel is Accel.TCG:
             self._log.warning("the machine is emulated (TCG), which is slow: %s", decision.reason)
@@ -157,6 +174,7 @@ class Qemu(Hypervisor):
             guest_cid=self._guest_cid.cid if self._guest_cid else None,
             shared_path=self._shared_path,
             host_memory_mib=host_memory_mib(),
+            plugs_hvsock=self._plugs_hvsock,
         )
         self.state = VMState.CREATED
 
@@ -211,6 +229,8 @@ class Qemu(Hypervisor):
                 fds["agent"] = stack.enter_context(_listening(self.files.agent_socket)).fileno()
             if self._guest_cid is not None:
                 fds["vhost"] = self._guest_cid.vhost_fd
+            if self._vsock_connection is not None:
+                fds["vsock"] = self._vsock_connection.fileno()
             memory_fd = self._own_memory(stack) if self._copies_memory else -1
             fds["memory"] = memory_fd
             argv = self.command_line.argv(fds)
@@ -222,6 +242,8 @@ class Qemu(Hypervisor):
                 stdout=self._console.write_fd,
                 pass_fds=[fd for fd in fds.values() if fd >= 0],
                 outlives_us=self._outlives_us,
+                capabilities=capabilities.QEMU,
+                own_network=True,
             )
             if memory_fd >= 0:
                 # While QEMU starts: it looks into the memory only when it takes the devices' state.
@@ -234,8 +256,10 @@ class Qemu(Hypervisor):
             raise await self._start_failure(error) from error
         if self.config.boot_from_template:
             await self._restore(max(0.0, deadline - clock()))
-        if self.config.boot_from_template or self.config.boot_to_be_template:
-            await self._plug_vhost_user()
+        if self._plugs_hvsock:
+            await self._plug_hvsock()
+        if self.config.boot_from_template:
+            await self._plug_share()
         await self._find_vcpus()
         self.state = VMState.PAUSED if self.config.boot_from_template else VMState.RUNNING
         self._log.debug("QEMU (pid %d) runs after %.0f ms", self._qemu.pid, 1000 * (clock() - started_at))
@@ -284,52 +308,101 @@ class Qemu(Hypervisor):
             1000 * (clock() - started_at),
         )
 
-    async def _plug_vhost_user(self) -> None:
-        """The devices that QEMU cannot save, and that therefore no template has."""
-        if self._transport is AgentTransport.HVSOCK:
-            await self._add_socket("vsock", self.files.vhost_vsock_socket)
-            await self._plug({"driver": "vhost-user-vsock-pci", "id": _VSOCK, "chardev": "vsock"})
-        if self._virtiofsd is not None:
-            await self._add_socket("fs", self.files.virtiofsd_socket)
-            device = {"driver": "vhost-user-fs-pci", "id": _SHARE, **virtio_fs_device(self.config, "fs")}
-            await self._plug(device)
+    async def _plug_hvsock(self) -> None:
+        if self._vsock_connection is None:
+            return
+        await self.monitor.send_fd(_VSOCK_SOCKET, self._vsock_connection.fileno())
+        await self._add_socket(_VSOCK_SOCKET, {"type": "fd", "data": {"str": _VSOCK_SOCKET}})
+        self._vsock_port = self.take_port()
+        device = {"driver": "vhost-user-vsock-pci", "id": _VSOCK, "chardev": _VSOCK_SOCKET}
+        await self.monitor.execute("device_add", {**device, "bus": self._vsock_port})
+
+    async def _plug_share(self) -> None:
+        """It cannot be saved, and therefore no template has it."""
+        if self._virtiofsd is None:
+            return
+        path = str(self.files.virtiofsd_socket)
+        await self._add_socket("fs", {"type": "unix", "data": {"path": path}})
+        device = {"driver": "vhost-user-fs-pci", "id": _SHARE, **virtio_fs_device(self.config, "fs")}
+        await self.monitor.execute("device_add", {**device, "bus": self.take_port()})
 
     async def wait_plugged(self, timeout_s: float) -> None:
         """Return when the guest drives the share that was plugged into it. Raises BootTimeout."""
-        if self._virtiofsd is None or not self.config.boot_from_template:
+        if self._virtiofsd is not None and self.config.boot_from_template:
+            await self._wait_driven(_SHARE, timeout_s)
+
+    async def wait_dialable(self, timeout_s: float) -> None:
+        """Return when the agent's address may be dialled. Raises BootTimeout.
+
+        vhost-device-vsock's worker ends, without a word, when somebody dials while QEMU gives it the memory
+        and the rings; nobody is ever answered then. So it is to have read all that QEMU has sent before.
+        """
+        if self._vsock_connection is None:
             return
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout_s
+        await self._wait_driven(_VSOCK, timeout_s)
+        while unread := unread_bytes(self._vsock_connection):
+            if clock() > deadline:
+                raise BootTimeout(f"vhost-device-vsock has not read {unread} bytes within {timeout_s:g} s")
+            await asyncio.sleep(_PLUGGED_POLL_S)
+        self._close_vsock_connection()
+
+    def _close_vsock_connection(self) -> None:
+        if self._vsock_connection is not None:
+            self._vsock_connection.close()
+            self._vsock_connection = None
+
+    async def _wait_driven(self, device_id: str, timeout_s: float) -> None:
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout_s
         while True:
             try:
-                device = {"path": f"/machine/peripheral/{_SHARE}/virtio-backend"}
+                device = {"path": f"/machine/peripheral/{device_id}/virtio-backend"}
                 found = await self.monitor.execute("x-query-virtio-status", device)
             except QMPFailed as error:
-                self._log.debug("not known whether the guest has its share: %s", error)
+                self._log.debug("not known whether the guest drives %s: %s", device_id, error)
                 return  # a QEMU of before 7.2; our agent waits for it, too
             statuses = found["status"]["statuses"]
             if any("DRIVER_OK" in status for status in statuses):
                 return
             if clock() > deadline:
                 raise BootTimeout(
-                    f"the guest does not drive vhost-user-fs-pci within {timeout_s:g} s: "
+                    f"the guest does not drive {found['name']} within {timeout_s:g} s: "
                     f"found status {statuses}"
                 )
             await asyncio.sleep(_PLUGGED_POLL_S)
 
-    async def _add_socket(self, chardev: str, path: Path) -> None:
-        address = {"type": "unix", "data": {"path": str(path)}}
+    async def _add_socket(self, chardev: str, address: dict[str, object]) -> None:
         backend = {"type": "socket", "data": {"addr": address, "server": False}}
         await self.monitor.execute("chardev-add", {"id": chardev, "backend": backend})
 
-    async def _plug(self, device: Mapping[str, object]) -> None:
-        await self.monitor.execute("device_add", {**device, "bus": self.take_port()})
+    async def unplug_hvsock(self) -> None:
+        """Rid a running machine, to which nobody is connected, of the device of hvsock and its daemon.
 
-    async def prepare_save_vm(self) -> None:
-        """Rid a running machine, to which nobody is connected, of what cannot be saved."""
+        It cannot be saved; and who continues a paused machine that he has not made could not tell when it
+        may be dialled, see `wait_dialable`. `attach` gives it new ones.
+        """
         self.require(VMState.RUNNING)
-        if self._transport is AgentTransport.HVSOCK:
-            await self.monitor.unplug(_VSOCK, timeout_s=_UNPLUG_TIMEOUT_S)
+        if self._transport is not AgentTransport.HVSOCK:
+            return
+        await self.monitor.unplug(_VSOCK, timeout_s=_UNPLUG_TIMEOUT_S)
+        deadline = asyncio.get_running_loop().time() + _UNPLUG_TIMEOUT_S
+        while True:
+            try:
+                await self.monitor.execute("chardev-remove", {"id": _VSOCK_SOCKET})
+                break
+            except QMPFailed:
+                # Busy for a moment: the device is not listed any more before QEMU has taken it apart.
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(_PLUGGED_POLL_S)
+        self._free_ports.insert(0, self._vsock_port)
+        daemon = next(daemon for daemon in self._daemons if daemon.name == _VHOST_DEVICE_VSOCK)
+        self._daemons.remove(daemon)
+        await daemon.terminate()
+        for path in (self.files.vhost_vsock_socket, self.files.agent_socket):
+            path.unlink(missing_ok=True)
 
     def take_port(self) -> str:
         """An empty pcie-root-port, for a device to be plugged in. Raises HypervisorError."""
@@ -364,25 +437,42 @@ class Qemu(Hypervisor):
                 extra_args=self.config.virtio_fs_extra_args,
             )
             with _listening(self.files.virtiofsd_socket) as listener:
-                self._start_daemon("virtiofsd", daemon.argv(listener.fileno()), listener.fileno())
-        if self._vhost_device_vsock is not None:
-            argv = vhost_device_vsock_argv(
-                self._vhost_device_vsock,
-                socket_path=self.files.vhost_vsock_socket,
-                uds_path=self.files.agent_socket,
-            )
-            process = self._start_daemon("vhost-device-vsock", argv)
-            # It takes no descriptor: QEMU, which connects once, must come after it.
-            while not self.files.vhost_vsock_socket.exists():
-                if not process.running:
-                    raise HypervisorError(await process.wait_with_tail())
-                if asyncio.get_running_loop().time() > deadline:
-                    raise BootTimeout(with_tail("vhost-device-vsock does not listen", process.log))
-                await asyncio.sleep(0.002)
+                fd = listener.fileno()
+                self._start_daemon("virtiofsd", daemon.argv(fd), fd, kept=daemon.capabilities)
+        await self._start_vhost_device_vsock(deadline)
 
-    def _start_daemon(self, name: str, argv: list[str], *pass_fds: int) -> MachineProcess:
+    async def _start_vhost_device_vsock(self, deadline: float) -> None:
+        if self._vhost_device_vsock is None:
+            return
+        argv = vhost_device_vsock_argv(
+            self._vhost_device_vsock,
+            socket_path=self.files.vhost_vsock_socket,
+            uds_path=self.files.agent_socket,
+        )
+        process = self._start_daemon(_VHOST_DEVICE_VSOCK, argv)
+        # It takes no descriptor: it listens when it listens.
+        while (connection := connected(self.files.vhost_vsock_socket)) is None:
+            if not process.running:
+                raise HypervisorError(await process.wait_with_tail())
+            if asyncio.get_running_loop().time() > deadline:
+                raise BootTimeout(with_tail("vhost-device-vsock does not listen", process.log))
+            await asyncio.sleep(0.002)
+        self._vsock_connection = connection
+
+    def _start_daemon(
+        self,
+        name: str,
+        argv: list[str],
+        *pass_fds: int,
+        kept: Collection[Capability] | None = frozenset(),
+    ) -> MachineProcess:
         process = MachineProcess.start(
-            name, argv, directory=self.directory, pass_fds=pass_fds, outlives_us=self._outlives_us
+            name,
+            argv,
+            directory=self.directory,
+            pass_fds=pass_fds,
+            outlives_us=self._outlives_us,
+            capabilities=kept,
         )
         self._daemons.append(process)
         return process
@@ -404,6 +494,7 @@ class Qemu(Hypervisor):
     async def stop_vm(self) -> None:
         self.state = VMState.STOPPED
         self._release_guest_cid()
+        self._close_vsock_connection()
         qmp, self._qmp = self._qmp, None  # closing it twice at a time is an error
         if qmp is not None:
             await qmp.close()
@@ -456,12 +547,15 @@ class Qemu(Hypervisor):
         run_vc: Path = RUN_VC,
     ) -> Qemu:
         """A paused machine of another process, in state CREATED until `attach`. `stop_vm` ends it from now
-        on. Raises what a dict raises that does not come from `to_grpc`."""
+        on. Raises what a dict raises that does not come from `to_grpc`, and InvalidArgumentError when its
+        daemon is missing."""
         config = replace(config, boot_from_template=bool(found["boot_from_template"]))
         machine = cls(vm_id, config, agent, shared_path=shared_path, run_vc=run_vc)
         machine._transport = AgentTransport(found["transport"])
         if machine._transport is AgentTransport.VSOCK:
             machine._guest_cid = GuestCID(int(found["guest_cid"]), -1)
+        if machine._transport is AgentTransport.HVSOCK:
+            machine._vhost_device_vsock = find_vhost_device_vsock(VHOST_DEVICE_VSOCK)
         pids = found["pids"]
         machine._others = {"qemu": int(pids["qemu"])} | {str(name): int(pids[name]) for name in pids}
         machine._thread_ids = {int(index): int(thread) for index, thread in found["thread_ids"]}
@@ -493,10 +587,12 @@ class Qemu(Hypervisor):
         except OSError as error:
             raise HypervisorError(f"the machine in {self.directory}: {error}") from error
         self._qmp = await QMP.connect(self.files.qmp_socket, timeout_s=timeout_s)
+        await self._start_vhost_device_vsock(asyncio.get_running_loop().time() + timeout_s)
+        await self._plug_hvsock()
         self.state = VMState.PAUSED
 
     async def detach(self) -> None:
-        """Let go of a paused machine, for another process to `attach` to it. Idempotent.
+        """Let go of a paused machine without hvsock, for another process to `attach` to it. Idempotent.
 
         Here it can still be watched (`wait_dead`) and ended (`stop_vm`).
         """
@@ -572,6 +668,24 @@ class Qemu(Hypervisor):
     async def _find_vcpus(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
         cpus = await self.monitor.execute("query-cpus-fast", timeout_s=timeout_s)
         self._thread_ids = {cpu["cpu-index"]: cpu["thread-id"] for cpu in cpus}
+
+    # -- network cards
+
+    async def hotplug_net(self, device: NetDevice) -> str:
+        self.require(VMState.RUNNING)
+        slot = self.take_slot()
+        try:
+            await hotplug_net.plug(self.monitor, device, slot)
+        except BaseException:
+            self.give_back_slot(slot)
+            raise
+        self._net_slots[device.tap] = slot
+        return slot.pci_path
+
+    async def hotunplug_net(self, tap: str, *, timeout_s: float) -> None:
+        self.require(VMState.RUNNING)
+        await hotplug_net.unplug(self.monitor, tap, timeout_s=timeout_s)
+        self.give_back_slot(self._net_slots.pop(tap))
 
     # -- running
 
@@ -668,6 +782,22 @@ def _require_program(what: str, key: str, path: Path) -> None:
     _require_file(what, key, path)
     if not os.access(path, os.X_OK):
         raise InvalidArgumentError(f"{what} {path} ({key} in [hypervisor.qemu]) is not executable")
+
+
+def _require_dax(config: HypervisorConfig) -> None:
+    """Raise InvalidArgumentError unless QEMU has virtiofs' DAX window, which no release of it has."""
+    command = [str(config.path), "-device", "vhost-user-fs-pci,help"]
+    try:
+        found = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_HELP_TIMEOUT_S
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise HypervisorError(f"QEMU {config.path}: {error}") from error
+    if b"cache-size=" not in found.stdout:
+        raise InvalidArgumentError(
+            f"virtio_fs_cache_size in [hypervisor.qemu]: found {config.virtio_fs_cache_size_mib}, "
+            f"expected 0: vhost-user-fs-pci of {config.path} has no cache-size"
+        )
 
 
 def host_memory_mib(meminfo: Path = Path("/proc/meminfo")) -> int:

@@ -203,10 +203,13 @@ def plan(
     guest_cid: int | None,
     shared_path: Path | None,
     host_memory_mib: int,
+    plugs_hvsock: bool = False,
 ) -> QemuCommandLine:
     """The command line for a configuration; `accel` and `transport` are decided, not AUTO.
 
-    Its `Fd`s are `qmp`, `agent` (SERIAL), `vhost` (VSOCK, with `guest_cid`) and `memory` (`copies_memory`).
+    With `plugs_hvsock`, and in templates and clones, the device of HVSOCK is not in it, but for a port.
+    Its `Fd`s are `qmp`, `agent` (SERIAL), `vhost` (VSOCK, with `guest_cid`), `vsock` (HVSOCK) and `memory`
+    (`copies_memory`).
     Touches nothing.
     """
     assert config.kernel is not None
@@ -270,10 +273,10 @@ def plan(
             devices.append(
                 _virtio("vhost-vsock-pci", {"id": "vsock0", "vhostfd": Fd("vhost"), "guest-cid": guest_cid})
             )
-        case AgentTransport.HVSOCK if is_template:
+        case AgentTransport.HVSOCK if is_template or plugs_hvsock:
             pass  # as virtio-fs: plugged in
         case AgentTransport.HVSOCK:
-            chardevs.append(Option("socket", {"id": "vsock", "path": files.vhost_vsock_socket}))
+            chardevs.append(Option("socket", {"id": "vsock", "fd": Fd("vsock")}))
             devices.append(_virtio("vhost-user-vsock-pci", {"id": "vsock0", "chardev": "vsock"}))
         case _:
             chardevs.append(

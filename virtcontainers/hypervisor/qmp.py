@@ -28,6 +28,8 @@ class QMP:
     def __init__(self, client: QMPClient) -> None:
         """Use `connect`."""
         self._client = client
+        self._sending_fd = asyncio.Lock()
+        """QEMU keeps only the last that was sent, until it is given a name."""
 
     @classmethod
     async def connect(cls, path: Path, *, timeout_s: float) -> QMP:
@@ -69,11 +71,12 @@ class QMP:
 
     async def send_fd(self, name: str, fd: int) -> None:
         """Give QEMU a duplicate of `fd` under a name, for `fd:NAME` in later commands. Raises QMPFailed."""
-        try:
-            self._client.send_fd_scm(fd)
-        except (QMPError, OSError) as error:
-            raise QMPFailed(f"QMP getfd: {name} was not sent: {error}") from error
-        await self.execute("getfd", {"fdname": name})
+        async with self._sending_fd:
+            try:
+                self._client.send_fd_scm(fd)
+            except (QMPError, OSError) as error:
+                raise QMPFailed(f"QMP getfd: {name} was not sent: {error}") from error
+            await self.execute("getfd", {"fdname": name})
 
     async def unplug(self, device_id: str, *, timeout_s: float) -> None:
         """Have the guest let go of a device that was plugged in, and return when it is gone; idempotent.

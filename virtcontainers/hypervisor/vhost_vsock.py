@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import struct
+import termios
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,3 +106,23 @@ def vhost_device_vsock_argv(path: Path, *, socket_path: Path, uds_path: Path) ->
     The context id is never seen outside the machine: every such device is a bus of its own.
     """
     return [str(path), f"--guest-cid={FIRST_CID}", f"--socket={socket_path}", f"--uds-path={uds_path}"]
+
+
+def connected(path: Path) -> socket.socket | None:
+    """None when nobody listens there yet. Raises OSError."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.connect(str(path))
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+            return None
+        raise
+    return connection
+
+
+def unread_bytes(connection: socket.socket) -> int:
+    """What the other end has not read yet, as the kernel counts it: 0 when it has read all."""
+    # unix(7): SIOCOUTQ, which is TIOCOUTQ.
+    (unread,) = struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))
+    return int(unread)

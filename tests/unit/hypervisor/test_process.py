@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from virtcontainers.hypervisor.base import HypervisorError
+from virtcontainers.hypervisor.capabilities import Capability
 from virtcontainers.hypervisor.process import MachineProcess, end_processes, find_processes
 
 STUBBORN = "trap '' TERM; echo ready; while :; do sleep 0.1; done"
@@ -72,6 +73,26 @@ def test_it_gets_nothing_of_ours_but_the_given_descriptors(
         assert shown.endswith("\n/\n")
         os.close(given)
         os.close(other)
+
+    asyncio.run(body())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has capabilities")
+def test_it_has_the_given_capabilities_only(tmp_path: Path) -> None:
+    async def body() -> None:
+        process = MachineProcess.start(
+            "daemon",
+            ["/bin/sh", "-c", "grep Cap /proc/self/status"],
+            directory=tmp_path,
+            capabilities={Capability.CHOWN, Capability.MKNOD},
+        )
+        await process.wait()
+        sets = dict(line.split() for line in process.log.read_text().splitlines())
+        given = f"{1 << Capability.CHOWN | 1 << Capability.MKNOD:016x}"
+        assert sets == {
+            **dict.fromkeys(("CapPrm:", "CapEff:", "CapBnd:"), given),
+            **dict.fromkeys(("CapInh:", "CapAmb:"), f"{0:016x}"),
+        }
 
     asyncio.run(body())
 

@@ -64,6 +64,24 @@ def test_another_machine_type_is_refused(tmp_path: Path, config: HypervisorConfi
         machine(tmp_path, replace(config, machine_type="microvm")).create_vm()
 
 
+@pytest.mark.parametrize("has_dax", [True, False])
+def test_a_cache_size_needs_a_qemu_that_has_it(
+    tmp_path: Path, config: HypervisorConfig, has_dax: bool
+) -> None:
+    for name, shown in (("qemu", "cache-size=<size>" if has_dax else "queue-size=<uint16>"), ("daemon", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{shown}'\n")
+        (tmp_path / name).chmod(0o755)
+    daemon: dict[str, Any] = {"shared_fs": SharedFS.VIRTIO_FS, "virtio_fs_daemon": tmp_path / "daemon"}
+    qemu = machine(tmp_path, replace(config, **daemon, virtio_fs_cache_size_mib=64))
+    if has_dax:
+        qemu.create_vm()
+        argv = " ".join(qemu.command_line.argv({"qmp": 3, "agent": 4, "memory": -1}))
+        assert f"cache-size={64 << 20}" in argv
+        return
+    with pytest.raises(InvalidArgumentError, match=r"virtio_fs_cache_size in .*: found 64, expected 0"):
+        qemu.create_vm()
+
+
 def test_planning_touches_nothing(
     tmp_path: Path, config: HypervisorConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

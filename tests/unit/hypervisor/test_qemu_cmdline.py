@@ -22,7 +22,7 @@ CONFIG = HypervisorConfig(
     shared_fs=SharedFS.VIRTIO_9P,
 )
 AGENT = AgentConfig()
-FDS = {"qmp": 10, "agent": 11, "vhost": 12}
+FDS = {"qmp": 10, "agent": 11, "vhost": 12, "vsock": 13}
 DIRECTORY = Path("/run/vc/vm/pod")
 
 
@@ -211,7 +211,7 @@ def test_vsock_gives_qemu_the_device_and_its_context_id() -> None:
 
 def test_hvsock_is_vsock_to_the_guest() -> None:
     command_line = planned(transport=AgentTransport.HVSOCK)
-    assert "socket,id=vsock,path=/run/vc/vm/pod/vhost-vsock.sock" in values(command_line, "-chardev")
+    assert "socket,id=vsock,fd=13" in values(command_line, "-chardev")
     assert "vhost-user-vsock-pci,id=vsock0,chardev=vsock,disable-legacy=on" in values(command_line, "-device")
     assert "agent.transport=vsock" in kernel_params(command_line)
 

@@ -1,3 +1,4 @@
+import socket
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ from virtcontainers.hypervisor.vhost_vsock import (
     FIRST_CID,
     LAST_CID,
     choose_cid,
+    connected,
     find_context_id,
     find_vhost_device_vsock,
     resolve_transport,
+    unread_bytes,
 )
 
 
@@ -57,3 +60,22 @@ def test_a_configured_transport_is_taken(tmp_path: Path, wanted: AgentTransport)
 def test_no_vhost_device_vsock_names_where_it_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=str(tmp_path / "x")):
         find_vhost_device_vsock([tmp_path / "x"])
+
+
+def test_whether_the_daemon_has_read_everything(tmp_path: Path) -> None:
+    path = tmp_path / "vhost-vsock.sock"
+    assert connected(path) is None
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        assert connected(path) is None, "it does not listen yet"
+        listener.listen()
+        connection = connected(path)
+        assert connection is not None
+        daemon, _ = listener.accept()
+        with connection, daemon:
+            assert unread_bytes(connection) == 0
+            connection.sendall(b"rings")
+            assert daemon.recv(2) == b"ri"
+            assert unread_bytes(connection) > 0
+            assert daemon.recv(10) == b"ngs"
+            assert unread_bytes(connection) == 0

@@ -67,6 +67,14 @@ def test_a_wrong_type_is_refused_with_file_key_found_and_expected(
         ("hypervisor.qemu", "block_device_aio", "posix", '"io_uring"'),
         ("hypervisor.qemu", "block_device_logical_sector_size", 1000, "power of two"),
         ("hypervisor.qemu", "virtio_fs_cache", "sometimes", '"never"'),
+        ("hypervisor.qemu", "virtio_fs_daemon", "virtiofsd", "an absolute path"),
+        ("hypervisor.qemu", "virtio_fs_extra_args", "--xattr", "a list of strings"),
+        ("hypervisor.qemu", "virtio_fs_queue_size", 4, "a power of two from 8 to 1024"),
+        ("hypervisor.qemu", "virtio_fs_queue_size", 1000, "a power of two from 8 to 1024"),
+        ("hypervisor.qemu", "virtio_fs_queue_size", 2048, "a power of two from 8 to 1024"),
+        ("hypervisor.qemu", "virtio_fs_cache_size", -1, "an integer from 0"),
+        ("hypervisor.qemu", "msize_9p", 4095, "an integer from 4096 to"),
+        ("hypervisor.qemu", "msize_9p", 1 << 31, "an integer from 4096 to"),
         ("hypervisor.qemu", "extra_monitor_socket", "telnet", '"hmp", "qmp", "qmp-pretty"'),
         ("hypervisor.qemu", "cold_plug_vfio", "any-port", '"no-port"'),
         ("hypervisor.qemu", "default_memory", -1, "an integer from 0 to 4294967295"),
@@ -110,6 +118,10 @@ def test_what_kata_calls_a_default_is_one(load: Load, host_cpus: int) -> None:
     assert config.agent.dial_timeout_s == 45
     assert config.factory.template_path == Path("/run/vc/vm/template")
     assert not config.warnings
+
+
+def test_no_cache_has_an_older_name(load: Load) -> None:
+    assert load(hypervisor__qemu={"virtio_fs_cache": "none"}).hypervisor.virtio_fs_cache == "never"
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,9 @@ def test_a_machine_of_static_size_has_the_workload_in_it(
     assert found.static_resource_mgmt
     assert (found.hypervisor.default_vcpus, found.hypervisor.default_maxvcpus) == (3, 3)
     assert found.hypervisor.default_memory_mib == 356
+    spec["linux"]["resources"] = {"cpu": {"quota": 9_900_000, "period": 100000}}
+    found = oci.sandbox_config(spec, config, tmp_path, "c1", [])
+    assert found.hypervisor.default_vcpus == host_cpus, "no more than the host has"
     assert oci.sandbox_config(spec, load(), tmp_path, "c1", []).hypervisor.default_memory_mib == 256
 
 

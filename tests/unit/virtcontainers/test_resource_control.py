@@ -1,11 +1,13 @@
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from virtcontainers.device_cgroup import DeviceRule
 from virtcontainers.errors import InvalidArgumentError, KataError
 from virtcontainers.resource_control import (
     Hierarchy,
@@ -22,6 +24,7 @@ V1 = "35 24 0:30 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu
 V1_SYSTEMD = "29 24 0:25 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n"
 V2 = "25 24 0:22 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw,nsdelegate\n"
 MOUNTS = Path("/proc/self/mountinfo")
+REPO = Path(__file__).parents[3]
 OTHER = "22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/root rw\n"
 
 
@@ -52,15 +55,40 @@ def test_a_path_that_leaves_the_hierarchy_is_refused() -> None:
 @pytest.mark.parametrize(
     ("mountinfo", "found"),
     [
-        (OTHER + V1_SYSTEMD + V2 + V1, [("/sys/fs/cgroup/cpu,cpuacct", {"cpu", "cpuacct"})]),
-        (OTHER + V1_SYSTEMD + V2, [("/sys/fs/cgroup/unified", set())]),
+        (OTHER + V1_SYSTEMD + V2 + V1, [("/sys/fs/cgroup/cpu,cpuacct", {"cpu", "cpuacct"}, "engine")]),
+        (OTHER + V1_SYSTEMD + V2, [("/sys/fs/cgroup/unified", set(), "system.slice/engine.service")]),
         (OTHER, []),
     ],
 )
-def test_the_hierarchies_of_a_host(mountinfo: str, found: list[tuple[str, set[str]]], tmp_path: Path) -> None:
+def test_the_hierarchies_of_a_host(
+    mountinfo: str, found: list[tuple[str, set[str], str]], tmp_path: Path
+) -> None:
     (tmp_path / "mountinfo").write_text(mountinfo)
-    expected = [Hierarchy(Path(path), frozenset(controllers)) for path, controllers in found]
-    assert find_hierarchies(tmp_path / "mountinfo") == expected
+    (tmp_path / "cgroup").write_text(
+        "4:cpu,cpuacct:/engine\n1:name=systemd:/x\n0::/system.slice/engine.service\n"
+    )
+    expected = [
+        Hierarchy(Path(path), frozenset(controllers), Path(path, home)) for path, controllers, home in found
+    ]
+    assert find_hierarchies(tmp_path / "mountinfo", tmp_path / "cgroup") == expected
+
+
+@pytest.mark.parametrize(
+    ("root", "cgroup", "home"),
+    [
+        ("/docker/one", "/docker/one/engine", "engine"),
+        ("/docker/one", "/docker/one", ""),
+        # What is mounted is another part of the tree, or this process is outside of its namespace.
+        ("/docker/one", "/docker/other", None),
+        ("/", "/../engine", None),
+        ("/../..", "/engine", None),
+    ],
+)
+def test_where_this_process_is(root: str, cgroup: str, home: str | None, tmp_path: Path) -> None:
+    (tmp_path / "mountinfo").write_text(V2.replace(" / ", f" {root} "))
+    (tmp_path / "cgroup").write_text(f"0::{cgroup}\n")
+    (hierarchy,) = find_hierarchies(tmp_path / "mountinfo", tmp_path / "cgroup")
+    assert hierarchy.home == (None if home is None else Path("/sys/fs/cgroup/unified", home))
 
 
 @pytest.mark.parametrize(("text", "cpus"), [("", []), ("3", [3]), ("0-2,7", [0, 1, 2, 7])])
@@ -152,6 +180,79 @@ def test_who_is_left_in_a_cgroup_of_v2_goes_where_processes_may_be(process: subp
     finally:
         controller.delete()
         parent.delete()
+
+
+IN_A_NAMESPACE = """
+import os, time
+from pathlib import Path
+from virtcontainers.resource_control import PodCgroups, find_hierarchies
+
+root = Path("/sys/fs/cgroup")
+(hierarchy,) = find_hierarchies()
+assert hierarchy.home == root / "engine", hierarchy
+pod = PodCgroups("pod", "/kubepods/pod", sandbox_cgroup_only=False)
+pod.enter([])
+assert "0::/kata_overhead/pod\\n" in Path("/proc/self/cgroup").read_text()
+# As in a container of an engine's that gives controllers on.
+for directory in (root, root / "kata_overhead", root / "kubepods"):
+    assert (directory / "cgroup.subtree_control").read_text().strip(), directory
+pod.delete()
+assert "0::/engine\\n" in Path("/proc/self/cgroup").read_text()
+for directory in (root / "kata_overhead", root / "kubepods"):
+    assert not [path for path in directory.iterdir() if path.is_dir()]
+    directory.rmdir()
+print("done")
+"""
+ENTER = """
+echo $$ >$0/cgroup.procs
+exec unshare --mount --cgroup sh -ec '
+while mountpoint -q /sys; do umount -R -l /sys; done
+mount -t sysfs sysfs /sys
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mkdir /sys/fs/cgroup/engine
+echo $$ >/sys/fs/cgroup/engine/cgroup.procs
+exec "$@"' sh "$@"
+"""
+
+
+def test_in_a_namespace_of_v2_this_process_goes_back_where_it_came_from() -> None:
+    """There the root takes no process either: containerd in Docker, kind."""
+    points = [line.split()[4] for line in MOUNTS.read_text().splitlines() if " - cgroup2 " in line]
+    if (
+        os.geteuid() != 0
+        or not points
+        or not (Path(points[0]) / "cgroup.subtree_control").read_text().strip()
+    ):
+        pytest.skip("this needs root, and a cgroup v2 that gives a controller on")
+    container = Path(points[0], f"kata-py-unit-test-{os.getpid()}")
+    container.mkdir()
+    try:
+        command = ["sh", "-ec", ENTER, container, sys.executable, "-c", IN_A_NAMESPACE]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=REPO, timeout=60)
+        assert (found.returncode, found.stdout) == (0, "done\n"), found.stderr
+    finally:
+        for directory, _, _ in os.walk(container, topdown=False):
+            Path(directory).rmdir()
+
+
+def test_hierarchies_that_no_machine_needs_may_be_closed() -> None:
+    path = f"/kata-py-unit-test-{os.getpid()}"
+    closed = Path("/proc")  # nobody makes a directory there
+    controller = ResourceController(path, [Hierarchy(closed, frozenset({"net_cls", "net_prio"}))])
+    controller.create()
+    controller.add_process(os.getpid())
+    controller.delete()
+    with pytest.raises(KataError, match=f"cgroup /proc{path}: No such file"):
+        ResourceController(path, [Hierarchy(closed, frozenset({"memory"}))]).create()
+
+
+def test_a_device_that_cannot_be_denied_is_an_error(tmp_path: Path) -> None:
+    """As its file says no: by a directory in its place."""
+    for name in ("devices.allow", "devices.deny"):
+        (tmp_path / "pod" / name).mkdir(parents=True)
+    controller = ResourceController("/pod", [Hierarchy(tmp_path, frozenset({"devices"}))])
+    with pytest.raises(KataError, match="device 'a \\*:\\* rwm' cannot be denied"):
+        controller.update_devices([DeviceRule(False, "a *:* rwm")])
 
 
 def test_what_a_cgroup_has_used() -> None:

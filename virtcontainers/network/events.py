@@ -1,0 +1,51 @@
+"""Which of the kernel's messages about a namespace are a reason to look at it again.
+
+Not what they say: only the fixed head of each is read.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Container
+
+# <linux/rtnetlink.h>
+_LINKS = (16, 17)
+"""RTM_NEWLINK, RTM_DELLINK"""
+_ADDRESSES = (20, 21)
+_ROUTES = (24, 25)
+_RT_SCOPE_LINK = 253
+_RT_TABLE_MAIN = 254
+_RTPROT_KERNEL = 2
+
+_NLMSGHDR = struct.Struct("=IHHII")
+_IFINFOMSG = struct.Struct("=BxHiII")
+_IFADDRMSG = struct.Struct("=BBBBI")
+_RTMSG = struct.Struct("=8BI")
+
+
+def matter(data: bytes, taps: Container[int]) -> bool:
+    """`data` is what one read of the socket gave; `taps` are the links that we have made ourselves."""
+    at = 0
+    while at + _NLMSGHDR.size <= len(data):
+        length, kind, *_ = _NLMSGHDR.unpack_from(data, at)
+        body = data[at + _NLMSGHDR.size : at + length]
+        if length < _NLMSGHDR.size or _matters(kind, body, taps):
+            return True
+        at += (length + 3) & ~3
+    return False
+
+
+def _matters(kind: int, body: bytes, taps: Container[int]) -> bool:
+    try:
+        if kind in _LINKS:
+            return _IFINFOMSG.unpack_from(body)[2] not in taps
+        if kind in _ADDRESSES:
+            _, _, _, scope, index = _IFADDRMSG.unpack_from(body)
+            # IPv6's link-local one comes, and is ready a second later, by itself.
+            return scope != _RT_SCOPE_LINK and index not in taps
+        if kind in _ROUTES:
+            table, protocol = _RTMSG.unpack_from(body)[4:6]
+            return bool(table == _RT_TABLE_MAIN and protocol != _RTPROT_KERNEL)
+    except struct.error:
+        pass
+    return True

@@ -1,0 +1,331 @@
+"""The network of one pod: its namespace's links are the machine's, from its start to its end, after Kata's
+`network_linux.go`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from virtcontainers.agent import KataAgent
+from virtcontainers.config import HypervisorConfig, NetworkConfig
+from virtcontainers.errors import KataError
+from virtcontainers.hypervisor.base import Hypervisor, NetDevice
+from virtcontainers.network import events
+from virtcontainers.network.child import NamespaceChild, open_namespace
+from virtcontainers.network.endpoints import (
+    Endpoint,
+    InterworkingModel,
+    NetworkInfo,
+    agent_interface,
+    agent_neighbors,
+    agent_routes,
+    is_configured,
+    new_endpoint,
+)
+
+log = logging.getLogger(__name__)
+
+VHOST_NET = Path("/dev/vhost-net")
+_SETTLE_S = 0.2
+"""Who sets up a link makes a dozen changes, one after another."""
+_UNPLUG_TIMEOUT_S = 30.0
+
+_FALLBACK_LINKS = frozenset(
+    ("lo", "sit0", "tunl0", "ip6tnl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "ip6gre0")
+)
+"""What the kernel itself puts into every new namespace."""
+
+
+@dataclass
+class _Changes:
+    """From what the machine has to what is in the namespace."""
+
+    gone: list[Endpoint] = field(default_factory=list)
+    new: list[tuple[Endpoint, NetDevice]] = field(default_factory=list)
+    changed: list[Endpoint] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.gone or self.new or self.changed)
+
+    def close(self) -> None:
+        """The descriptors that no machine has got."""
+        for _, device in self.new:
+            for fd in (*device.fds, *device.vhost_fds):
+                os.close(fd)
+        self.new = []
+
+
+class Network:
+    """Of one pod. `on_planned` is told, before it exists, of what `cleanup` needs to undo it."""
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        hypervisor: HypervisorConfig,
+        *,
+        sandbox_id: str,
+        on_planned: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.config = config
+        self.endpoints: list[Endpoint] = []
+        self._queues = max(1, hypervisor.default_vcpus)
+        self._vhost_net = not hypervisor.disable_vhost_net and VHOST_NET.exists()
+        self._on_planned = on_planned
+        self._path = config.network_namespace
+        self._namespace = -1
+        self._watch = -1
+        """The socket on which the kernel tells of changes in the namespace."""
+        self._taps: set[int] = set()
+        self._is_stale = False
+        """There were changes since the namespace was looked at."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._lock = asyncio.Lock()
+        """Of all that is done to the machine's cards and the guest's network."""
+        self._first: asyncio.Task[_Changes] | None = None
+        self._background: set[asyncio.Task[None]] = set()
+        self._machine: tuple[Hypervisor, KataAgent] | None = None
+        self._log = logging.LoggerAdapter(log, {"sandbox": sandbox_id})
+
+    @property
+    def _where(self) -> str:
+        return f"network namespace {self._path}"
+
+    def start(self) -> None:
+        """Look into the namespace and connect its links, while the machine starts. Raises
+        InvalidArgumentError when there is no such namespace, or it is the host's."""
+        if self._path is None or self.config.disable_new_network:
+            return
+        self._namespace = open_namespace(self._path)
+        self._first = asyncio.create_task(self._look(strict=True))
+
+    async def attach(self, hypervisor: Hypervisor, agent: KataAgent) -> None:
+        """Give the guest what `start` has found, and from now on what changes.
+
+        A pod without a namespace has its machine's own, where hooks, and `ctr run --cni`, put links.
+        """
+        if self.config.disable_new_network:
+            return
+        async with self._lock:
+            if self._first is None:
+                self._path = Path(f"/proc/{hypervisor.pid}/ns/net")
+                self._namespace = open_namespace(self._path)
+                self._first = asyncio.create_task(self._look(strict=True))
+            changes = await self._first
+            self._machine = hypervisor, agent
+            await self._apply(changes)
+            self._listen()
+
+    async def settle(self) -> None:
+        """Return when the guest has what was in the namespace when this was called. Raises KataError."""
+        if self._machine is None:
+            return
+        self._drain()
+        if self._is_stale:
+            await self._sync(strict=True)
+        else:
+            async with self._lock:
+                pass
+
+    async def close(self) -> None:
+        """The machine has ended, or is about to: nothing is done to it any more. Idempotent."""
+        self._machine = None
+        if self._watch >= 0:
+            asyncio.get_running_loop().remove_reader(self._watch)
+        if self._timer is not None:
+            self._timer.cancel()
+        tasks: list[asyncio.Task[Any]] = [*self._background, *([self._first] if self._first else [])]
+        for task in tasks:
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, _Changes):
+                result.close()
+        self._first = None
+
+    async def delete(self) -> None:
+        """Leave the namespace as it was; idempotent. Raises KataError."""
+        await self.close()
+        try:
+            if self.endpoints and self.config.network_namespace is not None:
+                await _disconnect(self._namespace, [each.to_connect() for each in self.endpoints])
+                self.endpoints = []
+        finally:
+            for fd in (self._watch, self._namespace):
+                if fd >= 0:
+                    os.close(fd)
+            self._watch = self._namespace = -1
+
+    # -- the namespace
+
+    async def _look(self, *, strict: bool) -> _Changes:
+        """Find out what has changed, and make the TAPs of what is new.
+
+        With `strict` a link that no machine can have is an error; else it is left out, which is logged.
+        """
+        changes = _Changes()
+        async with NamespaceChild.inside(self._namespace) as child:
+            if self._watch < 0:
+                # Before the look: no change comes between the two.
+                names, (self._watch,) = await child.call("watch")
+                if _FALLBACK_LINKS.issuperset(names):
+                    return changes
+            found = {info.index: info for info in map(NetworkInfo.from_json, (await child.call("scan"))[0])}
+            try:
+                await self._compare(found, changes, child, strict=strict)
+            except BaseException:
+                changes.close()
+                raise
+        return changes
+
+    async def _compare(
+        self, found: dict[int, NetworkInfo], changes: _Changes, child: NamespaceChild, *, strict: bool
+    ) -> None:
+        for endpoint in self.endpoints:
+            info = found.pop(endpoint.info.index, None)
+            if info is None:
+                changes.gone.append(endpoint)
+                continue
+            if endpoint.model is InterworkingModel.MACVTAP:
+                # What the link had is the macvtap's now.
+                info = replace(endpoint.info, name=info.name, mtu=info.mtu)
+            if info != endpoint.info:
+                if info.mtu != endpoint.info.mtu and endpoint.tap != info.name:
+                    await child.call("set_mtu", name=endpoint.tap, mtu=info.mtu)
+                endpoint.info = info
+                changes.changed.append(endpoint)
+        new: list[Endpoint] = []
+        for info in filter(is_configured, found.values()):
+            try:
+                model = InterworkingModel(self.config.interworking_model)
+                new.append(new_endpoint(info, model, [*self.endpoints, *new], where=self._where))
+            except KataError as error:
+                if strict:
+                    raise
+                self._log.error("the machine does not get a link: %s", error)
+        if new:
+            self.endpoints += new
+            self._plan()
+        for endpoint in new:
+            arguments = {"queues": self._queues, "vhost_net": self._vhost_net}
+            made, fds = await child.call("connect", link=endpoint.to_connect(), **arguments)
+            self._taps.add(made["tap"])
+            device = NetDevice(
+                endpoint.tap, endpoint.info.hardware_addr, fds[: self._queues], fds[self._queues :]
+            )
+            changes.new.append((endpoint, device))
+
+    def _plan(self) -> None:
+        if self.config.network_namespace is None:
+            return  # it goes with the machine
+        found = os.fstat(self._namespace)
+        self._on_planned(
+            {
+                "path": str(self.config.network_namespace),
+                "id": [found.st_dev, found.st_ino],
+                "links": [each.to_connect() for each in self.endpoints],
+            }
+        )
+
+    # -- the machine
+
+    async def _sync(self, *, strict: bool) -> None:
+        async with self._lock:
+            if self._machine is None:
+                return
+            self._is_stale = False
+            # What we do ourselves is told as well: only read once it is known what that was.
+            asyncio.get_running_loop().remove_reader(self._watch)
+            try:
+                await self._apply(await self._look(strict=strict))
+            finally:
+                if self._machine is not None:
+                    self._listen()
+
+    async def _apply(self, changes: _Changes) -> None:
+        if not changes:
+            return
+        assert self._machine is not None
+        hypervisor, agent = self._machine
+        try:
+            for endpoint in changes.gone:
+                self.endpoints.remove(endpoint)
+                if endpoint.pci_path:
+                    await hypervisor.hotunplug_net(endpoint.tap, timeout_s=_UNPLUG_TIMEOUT_S)
+                self._log.info("%s has gone from the pod", endpoint.info.name)
+            for endpoint, device in changes.new:
+                endpoint.pci_path = await hypervisor.hotplug_net(device)
+        finally:
+            new = [endpoint for endpoint, _ in changes.new]
+            changes.close()
+        self._plan()
+        for endpoint in (*new, *changes.changed):
+            await agent.update_interface(agent_interface(endpoint))
+        await agent.update_routes(agent_routes(self.endpoints))
+        if neighbors := agent_neighbors((*new, *changes.changed)):
+            await agent.add_arp_neighbors(neighbors)
+        for endpoint in new:
+            self._log.info("the pod has %s (%s) by %s", endpoint.info.name, endpoint.type, endpoint.tap)
+
+    # -- changes
+
+    def _listen(self) -> None:
+        asyncio.get_running_loop().add_reader(self._watch, self._on_message)
+
+    def _on_message(self) -> None:
+        self._drain()
+        if self._is_stale and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_SETTLE_S, self._on_settled)
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                data = os.read(self._watch, 1 << 16)
+            except BlockingIOError:
+                return
+            except OSError:  # ENOBUFS: there were more than it can hold
+                self._is_stale = True
+            else:
+                self._is_stale = self._is_stale or events.matter(data, self._taps)
+
+    def _on_settled(self) -> None:
+        self._timer = None
+        if self._is_stale:
+            task = asyncio.create_task(self._sync_in_background())
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+
+    async def _sync_in_background(self) -> None:
+        try:
+            await self._sync(strict=False)
+        except KataError as error:
+            self._log.error("the pod's network is not what its namespace has: %s", error)
+
+
+async def cleanup(planned: dict[str, Any]) -> None:
+    """In a fresh process: leave the namespace as it was before `Network`; idempotent. Raises KataError."""
+    try:
+        namespace = open_namespace(Path(planned["path"]))
+    except KataError:
+        return  # it has gone, and all in it
+    try:
+        found = os.fstat(namespace)
+        if [found.st_dev, found.st_ino] == planned["id"]:
+            await _disconnect(namespace, planned["links"])
+    finally:
+        os.close(namespace)
+
+
+async def _disconnect(namespace: int, links: Iterable[dict[str, Any]]) -> None:
+    failure: KataError | None = None
+    async with NamespaceChild.inside(namespace) as child:
+        for link in links:
+            try:
+                await child.call("disconnect", link=link)
+            except KataError as error:
+                failure = failure or error
+    if failure is not None:
+        raise failure
