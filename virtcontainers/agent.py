@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_client.client import AgentClient
-from agent_client.protocols import agent_pb2, health_pb2, oci_json, types_pb2
+from agent_client.protocols import agent_pb2, csi_pb2, health_pb2, oci_json, types_pb2
 from ttrpc import Code, ConnectionClosed, StatusError, TtrpcError
 from virtcontainers import errors
 from virtcontainers.config import (
@@ -164,6 +164,18 @@ class KataAgent:
         with translated("ListRoutes"):
             return list((await self.client.list_routes(agent_pb2.ListRoutesRequest())).Routes)
 
+    async def get_ip_tables(self, *, is_ipv6: bool) -> bytes:
+        """As `iptables-save` tells them."""
+        request = agent_pb2.GetIPTablesRequest(is_ipv6=is_ipv6)
+        with translated("GetIPTables"):
+            return (await self.client.get_ip_tables(request)).data
+
+    async def set_ip_tables(self, data: bytes, *, is_ipv6: bool) -> None:
+        """For `iptables-restore`; when it refuses them, there are those of before."""
+        request = agent_pb2.SetIPTablesRequest(is_ipv6=is_ipv6, data=data)
+        with translated("SetIPTables"):
+            await self.client.set_ip_tables(request)
+
     async def destroy_sandbox(self, timeout_s: float) -> None:
         with translated("DestroySandbox"):
             await self.client.destroy_sandbox(agent_pb2.DestroySandboxRequest(), timeout_s=timeout_s)
@@ -296,6 +308,16 @@ class KataAgent:
             )
             with translated(f"CopyFile {path}"):
                 await self.client.copy_file(request)
+
+    async def get_volume_stats(self, guest_path: str) -> csi_pb2.VolumeStatsResponse:
+        request = agent_pb2.VolumeStatsRequest(volume_guest_path=guest_path)
+        with translated(f"GetVolumeStats {guest_path}"):
+            return await self.client.get_volume_stats(request)
+
+    async def resize_volume(self, guest_path: str, size_bytes: int) -> None:
+        request = agent_pb2.ResizeVolumeRequest(volume_guest_path=guest_path, size=size_bytes)
+        with translated(f"ResizeVolume {guest_path}"):
+            await self.client.resize_volume(request)
 
     async def get_oom_event(self) -> str:
         """The id of the next container that ran out of memory; waits for it."""

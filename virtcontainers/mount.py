@@ -20,6 +20,7 @@ from typing import NamedTuple
 from virtcontainers import syscalls
 from virtcontainers.config import Mount
 from virtcontainers.errors import KataError
+from virtcontainers.loop import loop_device
 
 # <sys/mount.h>
 MS_RDONLY = 1
@@ -175,6 +176,11 @@ def mount_all(mounts: Sequence[Mount], root: Path) -> None:
 
 
 def _mount_one(entry: Mount, root: Path) -> None:
+    if "loop" in entry.options:
+        options = tuple(option for option in entry.options if option != "loop")
+        with loop_device(Path(entry.source), readonly="ro" in options) as device:
+            _mount_one(replace(entry, source=str(device), options=options), root)
+        return
     flags, propagation, data = parse_options(entry.options)
     fstype = "" if flags & MS_BIND else entry.type
     with _target(root, entry.target, make=True) as target:

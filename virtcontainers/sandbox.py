@@ -14,26 +14,31 @@ from typing import TYPE_CHECKING, Any
 
 from virtcontainers import cleanup, persist
 from virtcontainers.agent import KataAgent
-from virtcontainers.config import RUN_VC, ContainerConfig, SandboxConfig, SharedFS
+from virtcontainers.config import GUEST_SHARED_DIR, RUN_VC, ContainerConfig, SandboxConfig
 from virtcontainers.container import Container, ContainerState
+from virtcontainers.device.disks import ContainerDisks, GuestVolume
+from virtcontainers.device.manager import DeviceManager
 from virtcontainers.device_cgroup import device_rules, sandbox_rules
 from virtcontainers.errors import (
     AlreadyExistsError,
     InvalidArgumentError,
     KataError,
+    NotFoundError,
     UnavailableError,
     UnimplementedError,
 )
 from virtcontainers.fs_share import FilesystemShare
-from virtcontainers.hypervisor.base import HypervisorError, vm_dir
+from virtcontainers.hypervisor.base import Hypervisor, HypervisorError, vm_dir
 from virtcontainers.hypervisor.process import find_processes
 from virtcontainers.network.child import open_namespace
 from virtcontainers.network.network import Network
 from virtcontainers.resource_control import PodCgroups, ResourceStats, parse_cpus, pin_thread
 from virtcontainers.resources import cpuset, wanted_memory_mib, wanted_vcpus
 from virtcontainers.vm import VM, VMConfig
+from virtcontainers.volumes import LOCAL
 
 if TYPE_CHECKING:
+    from agent_client.protocols import csi_pb2
     from virtcontainers.factory import Factory
     from virtcontainers.network.port_forward import PortForward
 
@@ -64,14 +69,10 @@ async def create_sandbox(config: SandboxConfig, factory: Factory, *, prestart: H
         raise InvalidArgumentError(
             f"sandbox id {config.id!r}: found a name of the VM factory's in {RUN_VC / 'vm'}, expected another"
         )
-    if config.hypervisor.shared_fs is SharedFS.NONE:
-        raise InvalidArgumentError(
-            'shared_fs = "none" in [hypervisor.qemu]: a container\'s root reaches the guest through a share, '
-            'expected "virtio-fs" or "virtio-9p"'
-        )
     if persist.sandbox_dir(config.id).exists():
         raise AlreadyExistsError(f"sandbox {config.id} exists already: {persist.sandbox_dir(config.id)}")
     sandbox = Sandbox(config, factory)
+    ContainerDisks(config.container, config.hypervisor).require_root()
     try:
         await sandbox._start(prestart)
     except BaseException:
@@ -96,6 +97,9 @@ class Sandbox:
         self.config = config
         self.containers: dict[str, Container] = {}
         self.fs_share = FilesystemShare(config.id)
+        root = ContainerDisks(config.container, config.hypervisor).root
+        self.local_dir = f"{root or f'{GUEST_SHARED_DIR}{config.id}/rootfs'}/{LOCAL}"
+        """In the guest, on the disk of the first container's root, as in Kata: volumes of the pod's own."""
         self.is_dead = False
         """The machine or its agent is gone: nothing more is asked of them."""
         self._factory = factory
@@ -109,6 +113,9 @@ class Sandbox:
             spec.get("linux", {}).get("cgroupsPath") or "",
             sandbox_cgroup_only=config.sandbox_cgroup_only,
         )
+        self.devices = DeviceManager(config.id, self._allow_device)
+        self.is_ending = False
+        """The machine is about to be ended: nothing is unplugged any more."""
         self.network = Network(
             config.network, config.hypervisor, sandbox_id=config.id, on_planned=self._save_network
         )
@@ -118,12 +125,20 @@ class Sandbox:
         self._shared = asyncio.Event()
         """Set when the share is there for containers to be added."""
 
+    def _allow_device(self, path: Path) -> None:
+        self._cgroups.sandbox.update_devices(device_rules([path]))
+
+    @property
+    def hypervisor(self) -> Hypervisor:
+        """Raises UnavailableError when there is no machine."""
+        if self._vm is None:
+            raise UnavailableError(f"sandbox {self.id} has no machine")
+        return self._vm.hypervisor
+
     @property
     def hypervisor_pid(self) -> int:
         """QEMU's pid. Raises UnavailableError when there is no machine."""
-        if self._vm is None:
-            raise UnavailableError(f"sandbox {self.id} has no machine")
-        return self._vm.hypervisor.pid
+        return self.hypervisor.pid
 
     @property
     def memory_mib(self) -> int:
@@ -404,6 +419,24 @@ class Sandbox:
             except KataError as error:
                 return str(error)
 
+    def _guest_volume(self, device: str) -> GuestVolume:
+        for container in self.containers.values():
+            if (found := container.disks.guest_volumes.get(device)) is not None:
+                return found
+        raise NotFoundError(f"sandbox {self.id} has no volume that is block device {device}")
+
+    async def guest_volume_stats(self, device: str) -> csi_pb2.VolumeStatsResponse:
+        """Of the file system on a direct volume; `device` is its mount info's. Raises KataError's classes."""
+        return await self.agent.get_volume_stats(self._guest_volume(device).mount_point)
+
+    async def resize_guest_volume(self, device: str, size_bytes: int) -> None:
+        """Fit the machine's disk, and the file system on it, to a device that has grown to `size_bytes`; an
+        image file grows with it. Raises KataError's classes."""
+        volume = self._guest_volume(device)
+        if volume.device.plugged is not None:
+            await self.hypervisor.resize_block(volume.device.plugged, size_bytes)
+        await self.agent.resize_volume(volume.mount_point, size_bytes)
+
     async def wait_oom(self) -> str:
         """The id of the next container in which the guest's kernel killed for memory. Waits for ever on an
         agent that does not tell. Raises UnavailableError when the machine dies."""
@@ -418,6 +451,7 @@ class Sandbox:
 
         What the guest refuses, or is too late with, is logged: the machine is ended all the same.
         """
+        self.is_ending = True
         if self._vm is None:
             return
         if not self.is_dead:
@@ -457,7 +491,7 @@ class Sandbox:
     def save(self) -> None:
         """Persist what `virtcontainers.cleanup` would need."""
         self._state.rootfs = {
-            c.id: str(c.config.rootfs.target) for c in self.containers.values() if c.config.rootfs.mounts
+            c.id: str(c.config.rootfs.target) for c in self.containers.values() if c.is_root_mounted
         }
         persist.store(self._state)
 

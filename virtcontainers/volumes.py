@@ -42,7 +42,13 @@ class Volumes:
     """The volumes of one container. `guest_mount` fills the rest, which the agent is to be asked for."""
 
     def __init__(
-        self, container_id: str, spec: OCISpec, config: SandboxConfig, share: FilesystemShare
+        self,
+        container_id: str,
+        spec: OCISpec,
+        config: SandboxConfig,
+        share: FilesystemShare,
+        *,
+        local_dir: str,
     ) -> None:
         self.storages: list[agent_pb2.Storage] = []
         self.tmpfs: list[agent_pb2.Storage] = []
@@ -54,6 +60,7 @@ class Volumes:
         self._spec = spec
         self._config = config
         self._share = share
+        self._local_dir = local_dir
 
     def guest_mount(self, entry: dict[str, Any]) -> dict[str, Any]:
         """The guest's version of a bind mount. Raises InvalidArgumentError with the mount's destination."""
@@ -88,13 +95,12 @@ class Volumes:
         elif self._config.disable_guest_empty_dir:
             return None
         else:
-            # On the disk of the pod's first container, where Kata has them.
             storage = agent_pb2.Storage(
                 driver=LOCAL,
                 source=LOCAL,
                 fstype=LOCAL,
                 options=[mode, *group],
-                mount_point=f"{GUEST_SHARED_DIR}{self._config.id}/rootfs/{LOCAL}/{source.name}",
+                mount_point=f"{self._local_dir}/{source.name}",
                 shared=True,
             )
         self.storages.append(storage)

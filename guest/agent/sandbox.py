@@ -19,7 +19,7 @@ from guest.agent.device import add_devices
 from guest.agent.mount import mounts
 from guest.agent.reaper import Reaper
 from guest.agent.spec import GuestNamespaces, find_hooks, guest_spec
-from guest.agent.storage import Storages
+from guest.agent.storage import Storages, disks
 from ttrpc import Code, StatusError
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Sandbox:
         self._storages = Storages()
         self._container_mounts: dict[str, list[str]] = {}
         self._crun = Crun(reaper, RUN_DIRECTORY)
-        self._reaper = reaper
+        self.reaper = reaper
         self._hooks: dict[str, list[dict[str, Any]]] = {}
         self._wants_pause = False
         self._pause_pid = 0
@@ -123,23 +123,24 @@ class Sandbox:
             owns_pid_namespace=pid_namespace is None,
         )
         await add_devices(list(request.devices), spec)
-        try:
-            prepared = guest_spec(
-                spec,
-                cgroup_path=cgroup_path,
-                namespaces=GuestNamespaces(
-                    network=f"/proc/{os.getpid()}/ns/net",
-                    ipc=f"/proc/{os.getpid()}/ns/ipc",
-                    uts=f"/proc/{os.getpid()}/ns/uts",
-                    pid=pid_namespace,
-                ),
-                hooks=self._hooks,
-            )
-        except ValueError as error:
-            raise StatusError(Code.INVALID_ARGUMENT, str(error)) from error
         storages: list[str] = []
         try:
             storages = await self._storages.add(request.storages, bundle)
+            try:
+                prepared = guest_spec(
+                    spec,
+                    cgroup_path=cgroup_path,
+                    namespaces=GuestNamespaces(
+                        network=f"/proc/{os.getpid()}/ns/net",
+                        ipc=f"/proc/{os.getpid()}/ns/ipc",
+                        uts=f"/proc/{os.getpid()}/ns/uts",
+                        pid=pid_namespace,
+                    ),
+                    hooks=self._hooks,
+                    disks=disks(request.storages),
+                )
+            except ValueError as error:
+                raise StatusError(Code.INVALID_ARGUMENT, str(error)) from error
             await container.create(prepared)
         except BaseException:
             self._storages.release(storages, bundle)

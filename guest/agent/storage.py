@@ -29,15 +29,14 @@ _VIRTIO_FS_TIMEOUT_S = 10.0
 _VIRTIO_FS_POLL_S = 0.01
 _VIRTIO_FS_DRIVER = "/sys/bus/virtio/drivers/virtiofs"
 
+_DISKS = (device.DRIVER_BLK, device.DRIVER_BLK_MMIO, device.DRIVER_SCSI)
 _MOUNTING = ("9p", "virtio-fs", "overlayfs", "bind")
 HANDLERS = (
     *_MOUNTING,
     "ephemeral",
     "local",
     "watchable-bind",
-    device.DRIVER_BLK,
-    device.DRIVER_BLK_MMIO,
-    device.DRIVER_SCSI,
+    *_DISKS,
 )
 
 
@@ -114,7 +113,7 @@ class Storages:
             with contextlib.suppress(OSError):
                 linux.umount(point, linux.MNT_DETACH)
         with contextlib.suppress(OSError):
-            os.rmdir(point)
+            (os.rmdir if os.path.isdir(point) else os.unlink)(point)
 
     async def _mount(self, storage: agent_pb2.Storage, bundle: str | None) -> bool:
         """Whether something was mounted that has to be unmounted."""
@@ -134,7 +133,7 @@ class Storages:
             if group is not None:
                 _give_to_group(storage.mount_point, int(group))
             return True
-        if storage.driver in (device.DRIVER_BLK, device.DRIVER_BLK_MMIO, device.DRIVER_SCSI):
+        if storage.driver in _DISKS:
             source = await device.block_device(storage.driver, source)
         elif storage.driver == "overlayfs":
             fstype = "overlay"
@@ -210,6 +209,15 @@ class Storages:
         for path in directories.values():
             os.makedirs(path, exist_ok=True)
         return [f"{name}dir={path}" for name, path in directories.items()]
+
+
+def disks(storages: Iterable[agent_pb2.Storage]) -> list[os.stat_result]:
+    """The device nodes among what is mounted: disks that a container is given as they are."""
+    return [
+        os.stat(storage.mount_point)
+        for storage in storages
+        if storage.driver in _DISKS and storage.fstype == "bind"
+    ]
 
 
 async def _mount_virtio_fs(tag: str, mount_point: str, options: list[str]) -> None:

@@ -30,6 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return check(options.config)
         if options.command == "factory":
             return _factory(options)
+        if options.command == "iptables":
+            from katautils.cli import iptables
+
+            if options.action == "get":
+                return iptables.get(options.sandbox_id, is_ipv6=options.v6)
+            return iptables.set_(options.sandbox_id, options.file, is_ipv6=options.v6)
         from katautils.cli.env import env
 
         return env(options.config, as_json=options.json)
@@ -109,6 +115,18 @@ def _parser() -> argparse.ArgumentParser:
         "and what they cost the host, and the machines of the VM cache.",
     )
     status.add_argument("--json", action="store_true", help="as JSON, with sizes in bytes")
+    iptables = commands.add_parser(
+        "iptables",
+        help="get or set the packet filter of a pod's machine",
+        description="The packet filter of a pod's machine, which its containers share.",
+    )
+    actions = iptables.add_subparsers(dest="action", metavar="ACTION", required=True)
+    of_pod = argparse.ArgumentParser(add_help=False)
+    of_pod.add_argument("--sandbox-id", required=True, metavar="ID", help="of the pod")
+    of_pod.add_argument("--v6", action="store_true", help="IPv6's")
+    actions.add_parser("get", parents=[of_pod], help="print it, as iptables-save does")
+    set_ = actions.add_parser("set", parents=[of_pod], help="replace it, as iptables-restore does")
+    set_.add_argument("file", type=Path, metavar="FILE", help="with the rules; - for stdin")
     commands.add_parser("version", help="print the version", description="Print the version of kata-py.")
     return parser
 

@@ -44,7 +44,7 @@ def volumes(directory: Path, shared_fs: SharedFS = SharedFS.NONE, **runtime: Any
         ),
         **runtime,
     )
-    return Volumes("web", {}, config, FilesystemShare("pod"))
+    return Volumes("web", {}, config, FilesystemShare("pod"), local_dir="/pod/rootfs/local")
 
 
 def bind(source: Path, *options: str) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def test_an_empty_dir_is_a_folder_beside_the_pods_root(tmp_path: Path) -> None:
     guest = found.guest_mount(bind(path, "rw"))
     (storage,) = found.storages
     assert guest == {**bind(path, "rw"), "source": storage.mount_point}
-    assert storage.mount_point == SHARED + "pod/rootfs/local/cache"
+    assert storage.mount_point == "/pod/rootfs/local/cache"
     assert (storage.driver, storage.source, storage.fstype, storage.shared) == ("local",) * 3 + (True,)
     group = [f"fsgid={path.stat().st_gid}"] if path.stat().st_gid else []
     assert list(storage.options) == ["mode=2770", *group]
