@@ -89,7 +89,7 @@ async def says(container: Container, text: str) -> str:
 def test_small_files_and_folders_are_copied_with_their_owners(pod: Pod, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 localhost\n")
-    hosts.chmod(0o640)
+    hosts.chmod(0o604)
     os.chown(hosts, 1000, GROUP)
     folder = tmp_path / "folder"
     (folder / "below").mkdir(parents=True)
@@ -97,7 +97,7 @@ def test_small_files_and_folders_are_copied_with_their_owners(pod: Pod, tmp_path
     (folder / "link").symlink_to("below/big")
     script = "cat /etc/hosts; stat -c '%u %g %a' /etc/hosts; wc -c < /folder/link; echo > /folder/new"
     said = pod.run(pod.container("files", script, [bind(hosts, "/etc/hosts"), bind(folder, "/folder", "ro")]))
-    assert said.startswith(f"127.0.0.1 localhost\n1000 {GROUP} 640\n{3 << 20}\n")
+    assert said.startswith(f"127.0.0.1 localhost\n1000 {GROUP} 604\n{3 << 20}\n")
     assert "Read-only file system" in said
 
 
