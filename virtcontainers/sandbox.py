@@ -434,7 +434,10 @@ class Sandbox:
         image file grows with it. Raises KataError's classes."""
         volume = self._guest_volume(device)
         if volume.device.plugged is not None:
-            await self.hypervisor.resize_block(volume.device.plugged, size_bytes)
+            try:
+                await self.hypervisor.resize_block(volume.device.plugged, size_bytes)
+            except InvalidArgumentError as error:
+                raise InvalidArgumentError(f"volume on {device}: {error}") from error
         await self.agent.resize_volume(volume.mount_point, size_bytes)
 
     async def wait_oom(self) -> str:

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import tarfile
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,23 +17,12 @@ from typing import Any, TypeVar
 import pytest
 from conftest import Config
 from harness import Ctr, new_id, processes_of, wait_for
-from private_containerd import CACHE, TEST_IMAGE_ARCHIVE, Containerd
-from templates import Log, templates
-from test_sandbox import booting, run, spec
+from private_containerd import CACHE, Containerd
+from templates import KATA_PY, Log, templates
+from test_sandbox import booting, container_config, run, sandbox_config, spec
 
 from virtcontainers import direct_volume
-from virtcontainers.config import (
-    AgentConfig,
-    ContainerConfig,
-    ContainerType,
-    FactoryConfig,
-    HypervisorConfig,
-    Mount,
-    NetworkConfig,
-    RootFs,
-    SandboxConfig,
-    SharedFS,
-)
+from virtcontainers.config import ContainerConfig, Mount, SharedFS
 from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from virtcontainers.sandbox import Sandbox, create_sandbox
 
@@ -73,6 +61,12 @@ def loop(path: Path) -> Iterator[str]:
         yield device
     finally:
         subprocess.run(["losetup", "-d", device], check=True)
+
+
+def grow(path: Path, device: str, mib: int) -> None:
+    """A CSI driver's part."""
+    os.truncate(path, mib * MIB)
+    subprocess.run(["losetup", "-c", device], check=True)
 
 
 def device_entry(device: str) -> dict[str, Any]:
@@ -132,28 +126,10 @@ class Pod:
 
 def block_container(directory: Path, container_id: str, given: dict[str, Any]) -> ContainerConfig:
     """As blockfile's: the root is an image file, `<bundle>/disk`."""
-    bundle = directory / container_id
-    (bundle / "rootfs").mkdir(parents=True)
-    disk = image(bundle / "disk", root=directory / "busybox")
-    return ContainerConfig(
-        id=container_id,
-        bundle=bundle,
-        rootfs=RootFs(
-            target=bundle / "rootfs", mounts=(Mount(type="ext4", source=str(disk), options=("loop",)),)
-        ),
-        spec=given,
-        container_type=ContainerType.SINGLE_CONTAINER,
-    )
-
-
-def unpack_busybox(directory: Path) -> None:
-    """The test image's only layer."""
-    directory.mkdir()
-    with tarfile.open(TEST_IMAGE_ARCHIVE) as archive:
-        blobs = [member for member in archive.getmembers() if member.name.startswith("blobs/")]
-        layer = archive.extractfile(max(blobs, key=lambda member: member.size))
-        with tarfile.open(fileobj=layer) as files:
-            files.extractall(directory)
+    config = container_config(directory, container_id, given)
+    disk = image(config.bundle / "disk", root=config.bundle / "lower")
+    mount = Mount(type="ext4", source=str(disk), options=("loop",))
+    return replace(config, rootfs=replace(config.rootfs, mounts=(mount,)))
 
 
 MACHINES: dict[str, dict[str, Any]] = {
@@ -167,23 +143,16 @@ def pod(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, guest_image: Path
 ) -> Iterator[Pod]:
     directory, pod_id = tmp_path_factory.mktemp("pod"), new_id("pod")
-    unpack_busybox(directory / "busybox")
-    config = SandboxConfig(
-        id=pod_id,
-        hostname="pod",
-        hypervisor=HypervisorConfig(
-            kernel=guest_image / "vmlinuz",
-            initrd=guest_image / "initrd.img",
-            default_memory_mib=256,
-            shared_fs=SharedFS.NONE,
-            block_device_driver=request.param,
-            **MACHINES[request.param],
-        ),
-        agent=AgentConfig(),
-        factory=FactoryConfig(),
-        network=NetworkConfig(),
-        container=block_container(directory, pod_id, spec("sleep", "1000")),
+    config = sandbox_config(
+        directory / "unused",
+        guest_image,
+        pod_id,
+        spec("sleep", "1000"),
+        shared_fs=SharedFS.NONE,
+        block_device_driver=request.param,
+        **MACHINES[request.param],
     )
+    config = replace(config, container=block_container(directory, pod_id, config.container.spec))
 
     async def start() -> Sandbox:
         sandbox = await create_sandbox(config, booting(config))
@@ -225,6 +194,9 @@ def test_a_readonly_root_is_read_only_for_the_machine(pod: Pod) -> None:
     mount = replace(config.rootfs.mounts[0], options=("loop", "ro"))
     config = replace(config, rootfs=replace(config.rootfs, mounts=(mount,)))
     config.spec["mounts"].append({"destination": "/sys", "type": "sysfs", "source": "sysfs"})
+    (config.bundle / "lower/sys").mkdir()
+    (config.bundle / "disk").unlink()
+    image(config.bundle / "disk", root=config.bundle / "lower")
     output = pod.run(config)
     assert "Read-only file system" in output
     assert output.split()[-2:] == ["0", "1"]
@@ -302,13 +274,15 @@ def test_devices_in_use_or_empty_are_refused_by_name(pod: Pod, tmp_path: Path) -
 def test_volumes_that_are_disks(pod: Pod, tmp_path: Path) -> None:
     """With a file system, bare, and read-only; two containers of a pod may have the same."""
     disk, bare = image(tmp_path / "disk", 8), image(tmp_path / "bare", 8, fs=False)
+    with bare.open("r+") as file:
+        file.write("12345\n")
     with loop(disk) as device, loop(bare) as bare_device:
         mounts: list[dict[str, Any]] = [
             {"destination": "/data", "type": "ext4", "source": device, "options": ["noatime"]},
             {"destination": "/disk", "type": "bind", "source": bare_device, "options": ["rbind"]},
         ]
         script = "echo one >> /data/f; cat /data/f; read line < /disk; echo $line; echo hello > /disk"
-        assert pod.run(pod.container("one", script, mounts)) == "one\n\n"
+        assert pod.run(pod.container("one", script, mounts)) == "one\n12345\n"
         assert pod.run(pod.container("two", script, mounts)) == "one\none\nhello\n"
         mounts[1]["options"] = ["rbind", "ro"]
         config = pod.container("three", "echo no > /disk; read line < /disk; echo $line", mounts[1:])
@@ -317,11 +291,17 @@ def test_volumes_that_are_disks(pod: Pod, tmp_path: Path) -> None:
     assert read_image(disk, "/f") == "one\none\n"
 
 
-def test_a_direct_volume_is_mounted_by_the_guest_measured_and_grows(pod: Pod, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["image", "device"])
+def test_a_direct_volume_is_mounted_by_the_guest_measured_and_grows(
+    pod: Pod, tmp_path: Path, kind: str
+) -> None:
     disk, volume = image(tmp_path / "disk", 8), tmp_path / "volume"
     group = {"fsGroup": "1234", "fsGroupChangePolicy": "Always"}
     mounts = [{"destination": "/data", "type": "bind", "source": str(volume), "options": ["rbind"]}]
-    with registered(volume, {"device": str(disk), "options": ["noatime"], "metadata": group}):
+    with contextlib.ExitStack() as stack:
+        device = stack.enter_context(loop(disk)) if kind == "device" else str(disk)
+        info = {"device": device, "options": ["noatime"], "metadata": group}
+        stack.enter_context(registered(volume, info))
         config = pod.container("direct", "echo kept > /data/f; sleep 1000", mounts)
 
         async def body() -> None:
@@ -330,14 +310,16 @@ def test_a_direct_volume_is_mounted_by_the_guest_measured_and_grows(pod: Pod, tm
             try:
                 await container.start()
                 assert direct_volume.sandbox_id_for_volume(str(volume)) == sandbox.id
-                before = await sandbox.guest_volume_stats(str(disk))
+                before = await sandbox.guest_volume_stats(device)
                 assert 4 * MIB < before.usage[0].total <= 8 * MIB
                 with pytest.raises(InvalidArgumentError, match="does not grow to 4194304"):
                     await sandbox.agent.resize_volume(
-                        container.disks.guest_volumes[str(disk)].mount_point, 4 * MIB
+                        container.disks.guest_volumes[device].mount_point, 4 * MIB
                     )
-                await sandbox.resize_guest_volume(str(disk), 64 * MIB)
-                after = await sandbox.guest_volume_stats(str(disk))
+                if kind == "device":
+                    grow(disk, device, 64)
+                await sandbox.resize_guest_volume(device, 64 * MIB)
+                after = await sandbox.guest_volume_stats(device)
                 assert 48 * MIB < after.usage[0].total <= 64 * MIB
                 assert disk.stat().st_size == 64 * MIB
                 with pytest.raises(NotFoundError, match="has no volume that is block device /dev/none"):
@@ -357,8 +339,7 @@ def test_a_direct_volume_is_mounted_by_the_guest_measured_and_grows(pod: Pod, tm
 
 
 def test_a_root_that_is_no_disk_is_refused_where_nothing_is_shared(pod: Pod) -> None:
-    config = pod.container("overlay", "true")
-    config = replace(config, rootfs=RootFs(target=pod.directory / "busybox"))
+    config = container_config(pod.directory, new_id("overlay"), spec("true"))
     with pytest.raises(InvalidArgumentError, match=r'shared_fs = "none".*blockfile'):
         pod.run(config)
     assert config.id not in pod.sandbox.containers
@@ -443,6 +424,43 @@ def test_kill_9_leaves_a_blockfile_root_to_nobody(
             os.kill(pid, signal.SIGKILL)
         wait_for("QEMU's end", lambda: not processes_of(container_id, "qemu-system"))
     assert loops(blockfile.containerd.root.parent) == []
+
+
+def test_kata_py_direct_volume(ctr: Ctr, container_id: str, tmp_path: Path) -> None:
+    disk, volume = image(tmp_path / "50% disk", 8), tmp_path / "volume"
+    of_volume = ("--volume-path", str(volume))
+
+    def kata_py(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(KATA_PY), "direct-volume", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    info = json.dumps({"volume-type": "block", "device": str(disk), "fstype": "ext4"})
+    assert kata_py("add", *of_volume, "--mount-info", info).returncode == 0
+    try:
+        refused = kata_py("stats", *of_volume)
+        assert (refused.returncode, refused.stderr) == (
+            1,
+            f"kata-py: direct volume {volume}: no pod has it\n",
+        )
+        mount = f"type=bind,src={volume},dst=/data,options=rbind:rw"
+        with ctr.detached(container_id, "sleep", "1000", options=("--mount", mount)):
+            written = ctr.exec(container_id, "sh", "-c", "echo hello > /data/f")
+            assert written.returncode == 0, written.stderr
+            before = json.loads(kata_py("stats", *of_volume).stdout)
+            assert before["usage"][0]["unit"] == 1 and before["usage"][0]["total"] <= 8 * MIB
+            grown = kata_py("resize", *of_volume, "--size", str(32 * MIB))
+            assert (grown.returncode, grown.stderr) == (0, "")
+            after = json.loads(kata_py("stats", *of_volume).stdout)
+            assert 24 * MIB < after["usage"][0]["total"] <= 32 * MIB
+            smaller = kata_py("resize", *of_volume, "--size", str(16 * MIB))
+            assert smaller.returncode == 1
+            assert f"{disk}: found a size of 16777216 bytes, expected at least the 33554432" in smaller.stderr
+    finally:
+        assert kata_py("remove", *of_volume).returncode == 0
+        direct_volume.DIRECT_VOLUMES.rmdir()
+    assert read_image(disk, "/f") == "hello\n"
+    wrong = kata_py("add", *of_volume, "--mount-info", '{"volume-type": "block"}')
+    assert wrong.returncode == 1 and '"device": found null, expected a string' in wrong.stderr
 
 
 def test_ctr_gives_a_device_to_a_container(ctr: Ctr, container_id: str, tmp_path: Path) -> None:

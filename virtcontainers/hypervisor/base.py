@@ -152,7 +152,8 @@ class Hypervisor(ABC):
 
     @abstractmethod
     async def resize_block(self, plugged: PluggedDrive, size_bytes: int) -> None:
-        """Have the guest see its size; a file gets it. Raises HypervisorError."""
+        """Have the guest see that it has grown to so many bytes; a file does so. Raises InvalidArgumentError
+        for fewer than it has, and HypervisorError."""
 
     @abstractmethod
     async def hotplug_net(self, device: NetDevice) -> str:

@@ -197,10 +197,16 @@ class BlockHotplug:
         await self._try("remove-fd", {"fdset-id": plugged.fdset})
 
     async def resize(self, plugged: PluggedDrive, size_bytes: int) -> None:
-        """Have the guest see another size; a file becomes as large, of a disk it must be what it has.
+        """Have the guest see a larger size; a file becomes as large, of a disk it must be what it has.
 
-        Raises QMPFailed.
+        Raises InvalidArgumentError for a smaller one, for which QEMU would cut a file off, and QMPFailed.
         """
+        nodes = await self._qmp.execute("query-named-block-nodes", {"flat": True})
+        (found,) = [node["image"]["virtual-size"] for node in nodes if node["node-name"] == plugged.node]
+        if size_bytes < found:
+            raise InvalidArgumentError(
+                f"found a size of {size_bytes} bytes, expected at least the {found} of now"
+            )
         await self._qmp.execute("block_resize", {"node-name": plugged.node, "size": size_bytes})
 
     async def _try(self, command: str, arguments: dict[str, object]) -> None:
