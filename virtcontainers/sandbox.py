@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from virtcontainers import cleanup, persist
 from virtcontainers.agent import KataAgent
-from virtcontainers.config import RUN_VC, ContainerConfig, SandboxConfig
+from virtcontainers.config import GUEST_SHARED_DIR, RUN_VC, ContainerConfig, SandboxConfig
 from virtcontainers.container import Container, ContainerState
 from virtcontainers.device.disks import ContainerDisks, GuestVolume
 from virtcontainers.device.manager import DeviceManager
@@ -35,6 +35,7 @@ from virtcontainers.network.network import Network
 from virtcontainers.resource_control import PodCgroups, ResourceStats, parse_cpus, pin_thread
 from virtcontainers.resources import cpuset, wanted_memory_mib, wanted_vcpus
 from virtcontainers.vm import VM, VMConfig
+from virtcontainers.volumes import LOCAL
 
 if TYPE_CHECKING:
     from agent_client.protocols import csi_pb2
@@ -96,6 +97,9 @@ class Sandbox:
         self.config = config
         self.containers: dict[str, Container] = {}
         self.fs_share = FilesystemShare(config.id)
+        root = ContainerDisks(config.container, config.hypervisor).root
+        self.local_dir = f"{root or f'{GUEST_SHARED_DIR}{config.id}/rootfs'}/{LOCAL}"
+        """In the guest, on the disk of the first container's root, as in Kata: volumes of the pod's own."""
         self.is_dead = False
         """The machine or its agent is gone: nothing more is asked of them."""
         self._death = ""
@@ -138,6 +142,13 @@ class Sandbox:
         """QEMU's pid. Raises UnavailableError when there is no machine."""
         return self.hypervisor.pid
 
+    @property
+    def memory_mib(self) -> int:
+        """What the machine has. Raises UnavailableError when there is none."""
+        if self._vm is None:
+            raise UnavailableError(f"sandbox {self.id} has no machine")
+        return self._vm.hypervisor.memory_mib
+
     async def _start(self, prestart: Hook | None) -> None:
         config = self.config
         _check_id("container", config.container.id)
@@ -163,6 +174,7 @@ class Sandbox:
             await asyncio.wait({machine, shared}, return_when=asyncio.FIRST_COMPLETED)
             shared.cancel()
             if self._shared.is_set():
+                self.fs_share.share_sandbox_bind_mounts(config.sandbox_bind_mounts)
                 container.share()
         except BaseException:
             machine.cancel()
@@ -362,6 +374,9 @@ class Sandbox:
             await self._vm.add_cpus(vcpus)
         # Also what an earlier container has plugged and then not waited for.
         await self._vm.online_cpu_memory()
+        if memory_mib > 0:
+            for container in self.containers.values():
+                await container.size_tmpfs()
         if vcpus < 0:
             await hypervisor.hotunplug_vcpus(-vcpus, timeout_s=_UNPLUG_TIMEOUT_S)
         if memory_mib < 0 and defaults.enable_virtio_mem:

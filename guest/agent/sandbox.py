@@ -12,7 +12,7 @@ import socket
 from typing import Any
 
 from agent_client.protocols import agent_pb2, oci_json
-from guest.agent import linux
+from guest.agent import copy_file, linux
 from guest.agent.cgroup import CGROUP_PARENT, Cgroup, OOMWatcher
 from guest.agent.container import Container, Crun
 from guest.agent.device import add_devices
@@ -143,7 +143,7 @@ class Sandbox:
                 raise StatusError(Code.INVALID_ARGUMENT, str(error)) from error
             await container.create(prepared)
         except BaseException:
-            self._storages.release(storages)
+            self._storages.release(storages, bundle)
             container.remove_files()
             raise
         if not self.containers and self._shared_pid_namespace is None:
@@ -157,8 +157,9 @@ class Sandbox:
         container = self.container(container_id)
         await container.stop()
         self._oom.remove(container_id)
-        self._storages.release(self._container_mounts.pop(container_id, []))
+        self._storages.release(self._container_mounts.pop(container_id, []), container.bundle)
         container.remove_files()
+        copy_file.remove_copies(container_id)
         if self._shared_pid_namespace == f"/proc/{container.init.pid}/ns/pid":
             # It ended with its first process, whose pid may come to mean another.
             self._shared_pid_namespace = None

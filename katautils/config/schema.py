@@ -437,8 +437,8 @@ RUNTIME: Table = {
     "enable_vcpus_pinning": Key(BOOL, "enable_vcpus_pinning"),
     "sandbox_cgroup_only": Key(BOOL, "sandbox_cgroup_only"),
     "static_sandbox_resource_mgmt": Key(BOOL, "static_sandbox_resource_mgmt"),
-    "sandbox_bind_mounts": Key(PATHS, "sandbox_bind_mounts", inert=True),
-    "disable_guest_empty_dir": Key(BOOL, "disable_guest_empty_dir", idle=(True,), inert=True),
+    "sandbox_bind_mounts": Key(PATHS, "sandbox_bind_mounts"),
+    "disable_guest_empty_dir": Key(BOOL, "disable_guest_empty_dir"),
     "emptydir_mode": Key(
         one_of("shared-fs", "block-encrypted", "block-plain"),
         "emptydir_mode",
