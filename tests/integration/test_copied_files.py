@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from harness import new_id
-from test_block import Pod, block_container, unpack_busybox
+from test_block import Pod, block_container
 from test_sandbox import booting, spec
 from test_volumes import GROUP, Kubelet
 
@@ -31,7 +31,6 @@ from virtcontainers.sandbox import Sandbox, create_sandbox
 @pytest.fixture(scope="module")
 def pod(tmp_path_factory: pytest.TempPathFactory, guest_image: Path) -> Iterator[Pod]:
     directory, pod_id = tmp_path_factory.mktemp("pod"), new_id("pod")
-    unpack_busybox(directory / "busybox")
     config = SandboxConfig(
         id=pod_id,
         hostname="pod",
