@@ -26,7 +26,8 @@ _CAPABILITIES = (
 )  # fmt: skip
 
 _APPLETS = (
-    "dd", "find", "kill", "ls", "md5sum", "mkdir", "mount", "rm", "sed", "sort", "stat", "sync", "wc", "xargs",
+    "dd", "find", "kill", "ls", "md5sum", "mkdir", "mount", "rm", "sed", "sort", "stat", "sync", "wc",
+    "xargs",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from virtcontainers.errors import InvalidArgumentError
 from virtcontainers.factory import Factory
 from virtcontainers.factory.direct import Direct
 from virtcontainers.persist import sandbox_dir
-from virtcontainers.sandbox import create_sandbox
+from virtcontainers.sandbox import _dns, create_sandbox
 from virtcontainers.vm import VMConfig
 
 
