@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from virtcontainers.errors import KataError
 from virtcontainers.sandbox import Sandbox
@@ -68,11 +69,40 @@ async def _set_ip_tables(request: Request) -> bytes:
     return b""
 
 
+async def _volume_stats(request: Request) -> bytes:
+    """As Go writes the agent's answer in JSON: what is zero is left out, enums are numbers."""
+    if not (device := unquote(request.query.get("path", ""))):
+        raise HttpError(400, "expected the parameter path")
+    found = await request.sandbox.guest_volume_stats(device)
+    usage = [
+        {field.name: value for field, value in each.ListFields() if value is not None} for each in found.usage
+    ]
+    condition = {field.name: value for field, value in found.volume_condition.ListFields()}
+    return json.dumps({"usage": usage, "volume_condition": condition}).encode()
+
+
+async def _resize_volume(request: Request) -> bytes:
+    try:
+        asked = json.loads(request.body)
+        device, size = asked["VolumePath"], asked["Size"]
+        if not isinstance(device, str) or not isinstance(size, int) or not 0 < size < 1 << 63:
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        found = request.body[:100].decode(errors="replace")
+        raise HttpError(
+            400, f'found {found!r}, expected {{"VolumePath": "/dev/...", "Size": bytes}}'
+        ) from None
+    await request.sandbox.resize_guest_volume(device, size)
+    return b""
+
+
 ROUTES: dict[str, dict[str, Handler]] = {
     "/metrics": {"GET": _metrics},
     "/agent-url": {"GET": _agent_url},
     "/iptables": {"GET": _get_ip_tables, "PUT": _set_ip_tables},
     "/ip6tables": {"GET": _get_ip_tables, "PUT": _set_ip_tables},
+    "/direct-volume/stats": {"GET": _volume_stats},
+    "/direct-volume/resize": {"POST": _resize_volume},
 }
 """Path -> method -> who answers. Kata's names."""
 

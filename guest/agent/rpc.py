@@ -154,6 +154,12 @@ class AgentService:
             volume_condition=csi_pb2.VolumeCondition(abnormal=False, message="OK"),
         )
 
+    async def resize_volume(self, request: agent_pb2.ResizeVolumeRequest, context: object) -> Empty:
+        from guest.agent.resize import grow
+
+        await grow(request.volume_guest_path, request.size)
+        return Empty()
+
     async def add_swap_path(self, request: agent_pb2.AddSwapPathRequest, context: object) -> Empty:
         from guest.agent import linux
 

@@ -12,14 +12,14 @@ import socket
 from typing import Any
 
 from agent_client.protocols import agent_pb2, oci_json
-from guest.agent import linux
+from guest.agent import copy_file, linux
 from guest.agent.cgroup import CGROUP_PARENT, Cgroup, OOMWatcher
 from guest.agent.container import Container, Crun
 from guest.agent.device import add_devices
 from guest.agent.mount import mounts
 from guest.agent.reaper import Reaper
 from guest.agent.spec import GuestNamespaces, find_hooks, guest_spec
-from guest.agent.storage import Storages
+from guest.agent.storage import Storages, disks
 from ttrpc import Code, StatusError
 
 log = logging.getLogger(__name__)
@@ -123,26 +123,27 @@ class Sandbox:
             owns_pid_namespace=pid_namespace is None,
         )
         await add_devices(list(request.devices), spec)
-        try:
-            prepared = guest_spec(
-                spec,
-                cgroup_path=cgroup_path,
-                namespaces=GuestNamespaces(
-                    network=f"/proc/{os.getpid()}/ns/net",
-                    ipc=f"/proc/{os.getpid()}/ns/ipc",
-                    uts=f"/proc/{os.getpid()}/ns/uts",
-                    pid=pid_namespace,
-                ),
-                hooks=self._hooks,
-            )
-        except ValueError as error:
-            raise StatusError(Code.INVALID_ARGUMENT, str(error)) from error
         storages: list[str] = []
         try:
             storages = await self._storages.add(request.storages, bundle)
+            try:
+                prepared = guest_spec(
+                    spec,
+                    cgroup_path=cgroup_path,
+                    namespaces=GuestNamespaces(
+                        network=f"/proc/{os.getpid()}/ns/net",
+                        ipc=f"/proc/{os.getpid()}/ns/ipc",
+                        uts=f"/proc/{os.getpid()}/ns/uts",
+                        pid=pid_namespace,
+                    ),
+                    hooks=self._hooks,
+                    disks=disks(request.storages),
+                )
+            except ValueError as error:
+                raise StatusError(Code.INVALID_ARGUMENT, str(error)) from error
             await container.create(prepared)
         except BaseException:
-            self._storages.release(storages)
+            self._storages.release(storages, bundle)
             container.remove_files()
             raise
         if not self.containers and self._shared_pid_namespace is None:
@@ -156,8 +157,9 @@ class Sandbox:
         container = self.container(container_id)
         await container.stop()
         self._oom.remove(container_id)
-        self._storages.release(self._container_mounts.pop(container_id, []))
+        self._storages.release(self._container_mounts.pop(container_id, []), container.bundle)
         container.remove_files()
+        copy_file.remove_copies(container_id)
         if self._shared_pid_namespace == f"/proc/{container.init.pid}/ns/pid":
             # It ended with its first process, whose pid may come to mean another.
             self._shared_pid_namespace = None

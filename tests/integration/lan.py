@@ -199,7 +199,7 @@ def namespace() -> Iterator[Namespace]:
     """An empty one; what is in it goes with it."""
     number = next(_numbers)
     made = Namespace(new_id("net"), number)
-    sh(f"ip netns add {made.name}")
+    sh(f"ip netns add {made.name}; ip -n {made.name} link set lo up")
     try:
         yield made
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -9,6 +10,7 @@ import re
 import signal
 import socket
 import struct
+import subprocess
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -18,7 +20,10 @@ import pytest
 from harness import TIMEOUT_S, Ctr, new_id, processes_of, wait_for
 from lan import HOST, HOST6, Namespace, bridge, namespace, seen_in, sh
 from private_containerd import write_kata_config
-from templates import Log, Templates, qemu_arguments, templates
+from templates import KATA_PY, Log, Templates, qemu_arguments, templates
+from test_sandbox import booting, run, sandbox_config, spec
+
+from virtcontainers.sandbox import Sandbox, create_sandbox
 
 SLEEP = ("sleep", "1000")
 FILE_BYTES = 48 << 20
@@ -63,7 +68,7 @@ def ping(ctr: Ctr, pod: str, address: str) -> bool:
 
 
 def hosts_network() -> str:
-    return sh("ip -o link | cut -d : -f 2; ip -o addr; tc qdisc")
+    return sh("ip -o link | cut -d : -f 2; ip -o addr | grep -v fe80; tc qdisc")
 
 
 def succeeds(ctr: Ctr, pod: str, *command: str) -> str:
@@ -391,6 +396,91 @@ def test_ctr_run_with_cni(ctr: Ctr, container_id: str, template: Templates, tmp_
     assert f"default via {HOST} dev eth0" in out
     assert "2 packets received" in out
     assert hosts_network() == links
+
+
+def test_a_hook_fills_the_machines_own_namespace(tmp_path: Path, guest_image: Path) -> None:
+    """As docker's does, which finds it by the pid it is told."""
+    pod = new_id("hook")
+    given = spec("sh", "-c", "cat /proc/net/route; cat /proc/net/fib_trie")
+    config = sandbox_config(tmp_path, guest_image, pod, given)
+
+    async def hook(sandbox: Sandbox) -> None:
+        sh(f"""
+            ip link add vhook type veth peer name eth0 netns {sandbox.hypervisor_pid}
+            ip link set vhook master kpy-lan up
+            nsenter --net=/proc/{sandbox.hypervisor_pid}/ns/net sh -ec '
+                ip addr add 198.19.255.99/24 dev eth0; ip link set eth0 up; ip route add default via {HOST}
+            '
+        """)
+
+    async def body() -> None:
+        sandbox = await create_sandbox(config, booting(config), prestart=hook)
+        try:
+            status, output = await run(sandbox.containers[pod])
+        finally:
+            await sandbox.delete()
+        assert status == 0
+        assert b"eth0\t00000000\t01FF13C6" in output  # the default route
+        assert b"|-- 198.19.255.99" in output
+
+    asyncio.run(body())
+    wait_for("the namespace's end", lambda: "vhook" not in sh("ip -o link"))
+
+
+def test_a_cached_machine_gets_the_pods_network(ctr: Ctr, tmp_path: Path, net: Namespace) -> None:
+    net.add_eth0()
+    endpoint = tmp_path / "cache.sock"
+    cache = {"vm_cache_number": 1, "vm_cache_endpoint": str(endpoint)}
+    path = tmp_path / "configuration.toml"
+    write_kata_config(path, {"hypervisor.qemu": {"shared_fs": "virtio-9p"}, "factory": cache})
+    server = subprocess.Popen(
+        [KATA_PY, "factory", "init", "--config", path], stdout=subprocess.PIPE, text=True
+    )
+    pod = new_id("cached")
+    log = Log(ctr.containerd)
+    try:
+        assert server.stdout is not None
+        while not (line := server.stdout.readline()).startswith("The VM cache is at"):
+            assert line, "the server has ended"
+        with ctr.detached(pod, *SLEEP, options=("--runtime-config-path", str(path), *net.options)):
+            assert log.warnings(pod) == []
+            assert seen_in(ctr, pod) == net.seen()
+            assert ping(ctr, pod, HOST)
+    finally:
+        server.terminate()
+        server.communicate()
+
+
+def test_a_macvtap_of_the_namespace_is_the_machines(
+    ctr: Ctr, container_id: str, template: Templates, net: Namespace
+) -> None:
+    net.add_veth("parent")
+    net.sh(f"""
+        ip link add link parent name eth0 type macvtap mode bridge; ip link set eth0 up
+        ip addr add {net.address}/24 dev eth0; ip addr flush dev parent
+    """)
+    wanted = net.seen()
+    only = ("--annotation", "io.katacontainers.config.runtime.sandbox_cgroup_only=true")
+    options = (*template.options, *model("macvtap"), *only, *net.options)
+    with ctr.detached(container_id, *SLEEP, options=options):
+        found = seen_in(ctr, container_id)
+        assert found.interfaces == {each for each in wanted.interfaces if each.name == "eth0"}
+        assert ping(ctr, container_id, HOST)
+    assert "eth0" in net.links()
+
+
+def test_with_disable_new_netns_no_namespace_is_touched(
+    ctr: Ctr, container_id: str, template: Templates, net: Namespace
+) -> None:
+    net.add_eth0()
+    before = net.state(), hosts_network()
+    disabled = ("--annotation", "io.katacontainers.config.runtime.disable_new_netns=true", *model("none"))
+    for options in (net.options, ("--net-host",)):
+        pod = new_id("disabled")
+        result = ctr.run(pod, "ip", "-o", "link", options=(*template.options, *disabled, *options))
+        assert result.returncode == 0, result.stderr
+        assert [line.split()[1] for line in result.stdout.decode().splitlines()] == ["lo:"]
+    assert (net.state(), hosts_network()) == before
 
 
 CNI = """{
