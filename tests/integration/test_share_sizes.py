@@ -172,7 +172,7 @@ def test_the_settings_of_the_share_are_in_effect(pod: Pod, kind: str) -> None:
     if kind == "9p":
         assert "msize=65536" in shown
         return
-    assert "kataShared / virtiofs " in shown
+    assert " / virtiofs " in shown
     # Not asked of QEMU: to look at a queue that a daemon has, it stops it.
     device = next(text for text in qemu_arguments(pod.sandbox.hypervisor_pid) if "vhost-user-fs" in text)
     assert f"queue-size={settings.virtio_fs_queue_size}" in device
