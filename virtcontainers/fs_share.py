@@ -144,7 +144,8 @@ def _guests_folder(source: Path) -> Path | None:
                     writable.add(_identity(point))
     for folder in reversed((source, *source.parents)):
         try:
-            if _identity(folder) in writable:
+            # A file is shared with several containers of a pod, and nobody makes a symlink in it.
+            if folder.is_dir() and _identity(folder) in writable:
                 return folder
         except OSError:
             return None

@@ -92,6 +92,13 @@ def test_a_volume_is_writable_only_when_it_may_be(
         assert (source / "f" if kind == "directory" else source).read_text() == "guest"
 
 
+def test_a_writable_file_is_shared_with_several_containers(share: FilesystemShare, tmp_path: Path) -> None:
+    (tmp_path / "hostname").write_text("pod")
+    for container in ("one", "two"):
+        seen = share.share_file(container, tmp_path / "hostname", "/etc/hostname", readonly=False)
+        assert guest_side(share, seen).read_text() == "pod"
+
+
 def test_a_mount_inside_a_readonly_volume_is_readonly_too(share: FilesystemShare, tmp_path: Path) -> None:
     (tmp_path / "volume/inner").mkdir(parents=True)
     mount.mount("tmpfs", tmp_path / "volume/inner", "tmpfs")
