@@ -99,7 +99,7 @@ class FilesystemShare:
         name = f"{container_id}-{secrets.token_hex(8)}-{Path(destination).name or 'root'}"
         name = os.fsencode(name)[:_NAME_LIMIT_BYTES].decode(errors="ignore")
         target = self._mounts / name
-        beneath = _guests_folder(source)
+        beneath = guests_folder(source)
         try:
             mount.bind_mount(
                 source, target, readonly=readonly, recursive=True, attributes=_ATTRIBUTES, beneath=beneath
@@ -132,7 +132,7 @@ class FilesystemShare:
         mount.remove_mountpoints(self.root)
 
 
-def _guests_folder(source: Path) -> Path | None:
+def guests_folder(source: Path) -> Path | None:
     """The outermost folder on the way to `source` in which a guest can write, of this pod or of another:
     below it there may be symlinks of the guest's. None: there is no such folder."""
     writable = set()
