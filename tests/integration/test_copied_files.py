@@ -104,18 +104,18 @@ def test_what_kubelet_changes_changes_in_the_container(pod: Pod, kubelet: Kubele
 
     async def body() -> tuple[str, str]:
         config = container(pod, "token", script, [bind(volume, "/token", "ro")])
-        container = await pod.sandbox.create_container(config)
+        made = await pod.sandbox.create_container(config)
         try:
-            await container.start()
-            before = await says(container, "\n")
+            await made.start()
+            before = await says(made, "\n")
             kubelet.publish(volume, 2, token="second", new="new")
-            after = await says(container, "No such file or directory\n")
+            after = await says(made, "No such file or directory\n")
             kubelet.publish(volume, 3, token="third", new="new")
-            await says(container, "end\n")
+            await says(made, "end\n")
             return before, after
         finally:
-            await container.stop()
-            await container.delete()
+            await made.stop()
+            await made.delete()
 
     before, after = pod.await_(body())
     assert before == "firstold\n"

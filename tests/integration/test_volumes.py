@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,7 +223,7 @@ def test_an_empty_dir_on_disk_is_beside_the_pods_root(pod: Pod) -> None:
 
 
 @pytest.mark.parametrize(("kind", "fstype"), [("configmap", "tmpfs"), ("projected", "")])
-def test_an_update_of_a_config_map_is_seen_within_two_seconds(pod: Pod, kind: str, fstype: str) -> None:
+def test_an_update_of_a_config_map_is_seen(pod: Pod, kind: str, fstype: str) -> None:
     kubelet = pod.kubelet
     volume = kubelet.path(kind, "settings")
     kubelet.publish(volume, 1, colour="red", size="1")
@@ -234,11 +233,8 @@ def test_an_update_of_a_config_map_is_seen_within_two_seconds(pod: Pod, kind: st
         if fstype:
             assert run("grep ' /settings ' /proc/mounts").split()[2] == fstype, "which programs can wait on"
         kubelet.publish(volume, 2, colour="green", shape="round")
-        published = time.monotonic()
         wait_for("the update", lambda: run("ls /settings") == "colour\nshape\n")
         assert run("cat /settings/colour /settings/shape") == "greenround"
-        # What an emulated machine on a busy host takes for an exec comes on top of the two seconds.
-        assert time.monotonic() - published < 2 + 28
 
 
 def test_sandbox_bind_mounts_are_the_guests(pod: Pod) -> None:
