@@ -170,7 +170,8 @@ def _guests_folder(source: Path) -> Path | None:
         parts = point.relative_to(SHARED_SANDBOXES).parts
         if parts[1:2] == ("mounts",) and (len(parts) == 3 or parts[3:] == ("rootfs",)):
             with contextlib.suppress(OSError):
-                if not os.statvfs(point).f_flag & os.ST_RDONLY:
+                # A file that the pod's containers share, /etc/hosts, leads nowhere.
+                if point.is_dir() and not os.statvfs(point).f_flag & os.ST_RDONLY:
                     writable.add(_identity(point))
     for folder in reversed((source, *source.parents)):
         try:

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ _FACTORYS = re.compile(r"template|(?:template|cache)-[0-9a-f]{12}")
 
 _RESOLV_CONF_LIMIT_BYTES = 64 << 10
 _DESTROY_TIMEOUT_S = 10.0
-_DEATH_TIMEOUT_S = 1.0
+_DEATH_TIMEOUT_S = 3.0
 _UNPLUG_TIMEOUT_S = 5.0
 
 Hook = Callable[["Sandbox"], Awaitable[None]]
@@ -102,6 +102,8 @@ class Sandbox:
         """In the guest, on the disk of the first container's root, as in Kata: volumes of the pod's own."""
         self.is_dead = False
         """The machine or its agent is gone: nothing more is asked of them."""
+        self._death = ""
+        """Why it is dead, once that is known."""
         self._factory = factory
         self._vm: VM | None = None
         self._state = persist.SandboxState(id=config.id, shim_pid=os.getpid())
@@ -159,6 +161,7 @@ class Sandbox:
                 container.resources.get("devices") or [],
                 sandbox_cgroup_only=config.sandbox_cgroup_only,
                 debug=config.hypervisor.enable_debug,
+                macvtap=config.network.interworking_model == "macvtap",
                 others=[Path(config.hypervisor.entropy_source), *_rootfs_sources(container)],
             )
         )
@@ -223,9 +226,9 @@ class Sandbox:
             ),
             self._attach_network(),
         )
-        await self._forward_ports()
         await self.update_resources()
-        await container.create()
+        # While the guest is at work: no port is asked for before.
+        await asyncio.gather(container.create(), self._forward_ports())
 
     async def _attach_network(self) -> None:
         assert self._vm is not None
@@ -297,7 +300,8 @@ class Sandbox:
             self._cgroups.sandbox.update_devices(device_rules(_rootfs_sources(container)))
             container.share()
             await self.update_resources()
-            await container.create()
+            async with self._told_of_death():
+                await container.create()
         except BaseException:
             await asyncio.shield(self._roll_back(container))
             raise
@@ -328,7 +332,8 @@ class Sandbox:
             asked = [c.resources for c in self.containers.values() if c.state is not ContainerState.STOPPED]
             try:
                 if not self.config.static_resource_mgmt:
-                    await self._resize(asked)
+                    async with self._told_of_death():
+                        await self._resize(asked)
             except BaseException:
                 # Of a part of the way: what was plugged stays, and is the pod's.
                 with contextlib.suppress(KataError):
@@ -336,6 +341,22 @@ class Sandbox:
                 raise
             self._constrain()
             self._control_cpus(asked)
+
+    @contextlib.asynccontextmanager
+    async def _told_of_death(self) -> AsyncIterator[None]:
+        """Who fails because the machine has died, or was ended because the pod was given up, says why."""
+        assert self._vm is not None
+        try:
+            yield
+        except KataError as error:
+            if isinstance(error, UnavailableError) and not self._death:
+                # The connection's end is seen before the death that caused it.
+                with contextlib.suppress(TimeoutError, HypervisorError):
+                    async with asyncio.timeout(_DEATH_TIMEOUT_S):
+                        self._death = await self._vm.hypervisor.wait_dead()
+            if self._death:
+                raise UnavailableError(f"sandbox {self.id} is dead: {self._death}") from error
+            raise
 
     def _constrain(self) -> None:
         assert self._vm is not None
@@ -385,7 +406,8 @@ class Sandbox:
 
     def _require_alive(self) -> None:
         if self.is_dead or self._vm is None:
-            raise UnavailableError(f"sandbox {self.id}: its machine is gone")
+            why = f": {self._death}" if self._death else ""
+            raise UnavailableError(f"sandbox {self.id}: its machine is gone{why}")
 
     async def monitor(self) -> str:
         """Return when the machine or its agent has died, with a sentence that says why; await it once.
@@ -394,17 +416,18 @@ class Sandbox:
         """
         self._require_alive()
         assert self._vm is not None
-        watches = {
-            asyncio.create_task(self._vm.hypervisor.wait_dead()),
-            asyncio.create_task(self._watch_agent()),
-        }
+        death = asyncio.create_task(self._vm.hypervisor.wait_dead())
+        silence = asyncio.create_task(self._watch_agent())
         try:
-            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
-            reason = done.pop().result()
+            await asyncio.wait({death, silence}, return_when=asyncio.FIRST_COMPLETED)
+            if not death.done():
+                # The connection's end is seen before the death that caused it.
+                await asyncio.wait({death}, timeout=_DEATH_TIMEOUT_S)
+            reason = death.result() if death.done() else silence.result()
         finally:
-            for watch in watches:
+            for watch in (death, silence):
                 watch.cancel()
-        self.is_dead = True
+        self.is_dead, self._death = True, reason
         self._log.error("the pod is dead: %s", reason)
         await self._stop_forwarding()
         await self.network.close()

@@ -41,7 +41,8 @@ async def _run(reaper: Reaper, argv: list[str], stdin: bytes, refused: Code) -> 
         output, errors = (_whole(fd) for fd in fds[1:])
         if status:
             lines = errors.decode(errors="replace").splitlines()
-            reason = "; ".join(line for line in lines if line and not line.startswith("Try `"))
+            said = [line.removeprefix(f"{argv[0]}: ") for line in lines if not line.startswith("Try `")]
+            reason = "; ".join(filter(None, said))
             raise StatusError(refused, f"{argv[0]}: {reason or f'exit status {status}'}")
         return output
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 from conftest import Config
+from cri import Crictl
 from harness import Ctr, new_id, processes_of, wait_for
 from private_containerd import CACHE, Containerd
 from templates import KATA_PY, Log, templates
@@ -469,4 +470,18 @@ def test_ctr_gives_a_device_to_a_container(ctr: Ctr, container_id: str, tmp_path
         options = ("--device", device)
         result = ctr.run(container_id, "sh", "-c", script, options=options)
         assert result.stdout == b"block special file\n", result.stderr
+        assert Path(device).read_bytes()[:15] == b"from the guest\n"
+
+
+def test_a_block_volume_of_kubernetes_is_a_device_under_its_own_name(crictl: Crictl, tmp_path: Path) -> None:
+    with loop(image(tmp_path / "disk", 8, fs=False)) as device, crictl.pod("blockvolume") as pod:
+        devices = [{"container_path": "/dev/xvdb", "host_path": device, "permissions": "rw"}]
+        script = "stat -c %F /dev/xvdb; echo from the guest > /dev/xvdb"
+        assert pod.run("one", "sh", "-c", script, devices=devices).stdout == "block special file\n"
+        assert Path(device).read_bytes()[:15] == b"from the guest\n"
+        # It was plugged out, and comes again; who may only read it cannot write.
+        devices[0]["permissions"] = "r"
+        script = "read line < /dev/xvdb; echo $line; echo no > /dev/xvdb"
+        refused = pod.run("two", "sh", "-c", script, devices=devices)
+        assert refused.stdout == "from the guest\n" and refused.returncode == 1
         assert Path(device).read_bytes()[:15] == b"from the guest\n"

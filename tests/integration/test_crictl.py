@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -329,6 +330,18 @@ def test_pods_go_on_while_containerd_restarts(crictl: Crictl, pod: Pod, sleeper:
     assert pod.wait_exited(container)["exitCode"] == 2
     assert crictl("logs", container).stdout == "after\n"
     crictl("rm", container)
+
+
+def test_a_pod_of_crictl_is_reached_from_the_host(crictl: Crictl) -> None:
+    with crictl.pod("reached") as pod:
+        address = crictl.inspectp(pod.id)["status"]["network"]["ip"]
+        container = pod.start("server", "httpd", "-f", "-h", "/etc")
+        found = pod.exec(container, "ip", "-o", "-4", "addr", "show", "eth0").stdout
+        assert f"inet {address}/24" in found
+        with urllib.request.urlopen(f"http://{address}/passwd", timeout=TIMEOUT_S) as response:
+            assert response.read().startswith(b"root:x:0:0:")
+        gateway = crictl.containerd.network.prefix + ".1"
+        assert "2 packets received" in pod.exec(container, "ping", "-c", "2", gateway).stdout
 
 
 def test_newer_containerds_run_pods_too(newer_crictl: Crictl) -> None:

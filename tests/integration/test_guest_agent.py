@@ -871,7 +871,7 @@ def test_nonsense_on_the_wire_ends_that_connection_only(run: Run, server: Server
 def test_what_the_agent_does_not_have_is_unimplemented(run: Run) -> None:
     async def body(agent: Agent) -> None:
         with pytest.raises(StatusError) as raised:
-            await agent.rpc.get_ip_tables(agent_pb2.GetIPTablesRequest())
+            await agent.rpc.set_policy(agent_pb2.SetPolicyRequest(policy="package agent_policy"))
         assert raised.value.code == Code.UNIMPLEMENTED
 
     run(body)

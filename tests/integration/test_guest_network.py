@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -318,18 +319,33 @@ def test_what_cannot_be_is_refused_by_name(template: Template) -> None:
     asyncio.run(body())
 
 
-def test_a_booted_machine_loads_the_driver_when_it_is_needed(config: VMConfig) -> None:
+@pytest.mark.parametrize("parameters", ["", "ipv6.disable=1"])
+def test_a_booted_machine_loads_the_driver_when_it_is_needed(config: VMConfig, parameters: str) -> None:
+    """Also one without IPv6, which has what there is of IPv4."""
+
     async def body() -> None:
         with tap("tap-a", "10.88.0.1/24") as fd:
-            vm = VM.new(new_id("net"), config, shared_path=None)
+            hypervisor = replace(config.hypervisor, kernel_params=parameters)
+            vm = VM.new(new_id("net"), replace(config, hypervisor=hypervisor), shared_path=None)
             await vm.start()
             try:
                 guest = Guest(vm)
                 assert "virtio_net" not in await guest.shell("cat /proc/modules")
                 # At once: neither the kernel nor the driver has seen it.
                 path = await guest.plug("a", MAC, fd)
-                await guest.agent.update_interface(interface("eth0", MAC, "10.88.0.2/24", devicePath=path))
+                addresses = "10.88.0.2/24", "fd88::2/64", "fe80::2/64"
+                await guest.agent.update_interface(interface("eth0", MAC, *addresses, devicePath=path))
+                routes = [
+                    types_pb2.Route(gateway="10.88.0.1", device="eth0"),
+                    types_pb2.Route(gateway="fd88::1", device="eth0", family=types_pb2.v6),
+                ]
+                await guest.agent.update_routes(routes)
                 await wait_ping(guest, "10.88.0.1")
+                found = (await guest.agent.list_interfaces())[-1].IPAddresses
+                there = addresses[:1] if parameters else addresses
+                assert {f"{each.address}/{each.mask}" for each in found} == set(there)
+                gateways = {route.gateway for route in await guest.agent.list_routes()} - {""}
+                assert gateways == ({"10.88.0.1"} if parameters else {"10.88.0.1", "fd88::1"})
             finally:
                 await vm.stop()
 

@@ -124,6 +124,7 @@ def test_all_bytes_arrive_both_ways_and_each_end_ends_alone(pod: Pod, address: s
 
 def test_the_pods_own_address_is_not_touched(pod: Pod) -> None:
     ip = pod.crictl.inspectp(pod.id)["status"]["network"]["ip"]
+    assert b"ConnectionRefusedError" in connect_inside(pod, ip, 7000, b"").stderr
     with socket.create_connection((ip, 7000), timeout=TIMEOUT_S) as connection:
         connection.sendall(b"from the host")
         assert connection.recv(100) == b"from the host"

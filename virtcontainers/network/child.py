@@ -108,9 +108,11 @@ class NamespaceChild:
             while True:
                 with _readable(self._sock.fileno()) as readable:
                     await readable
-                flags = socket.MSG_CMSG_CLOEXEC
-                piece, more, _, _ = socket.recv_fds(self._sock, 1 << 16, _MOST_FDS, flags)
-                fds += more
+                # Not by recv_fds: before Python 3.12 it forgets the flags.
+                space = socket.CMSG_LEN(_MOST_FDS * 4)
+                piece, extra, _, _ = self._sock.recvmsg(1 << 16, space, socket.MSG_CMSG_CLOEXEC)
+                for _, _, numbers in extra:
+                    fds += memoryview(numbers).cast("i")
                 data += piece
                 if not piece:
                     raise EOFError("it said nothing")

@@ -111,9 +111,10 @@ class Endpoint:
         """The name of the machine's side in the namespace, Kata's."""
         return f"tap{self.number}_kata"
 
-    def to_connect(self) -> dict[str, Any]:
-        """What the child in the namespace needs to connect it, and to undo that."""
+    def to_connect(self, owner: str) -> dict[str, Any]:
+        """What the child in the namespace needs to connect it for a sandbox, and to undo that."""
         return {
+            "owner": owner,
             "index": self.info.index,
             "name": self.info.name,
             "tap": self.tap,
@@ -149,8 +150,8 @@ class MacvtapEndpoint(Endpoint):
     def tap(self) -> str:
         return self.info.name
 
-    def to_connect(self) -> dict[str, Any]:
-        return {**super().to_connect(), "model": "existing"}
+    def to_connect(self, owner: str) -> dict[str, Any]:
+        return {**super().to_connect(owner), "model": "existing"}
 
 
 _ENDPOINTS: Mapping[str, type[Endpoint]] = {

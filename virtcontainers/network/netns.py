@@ -78,7 +78,6 @@ def _naming(what: str) -> Iterator[None]:
     except KataError:
         raise
     except Exception as error:
-        # pyroute2's NetlinkError is none of OSError's
         code = getattr(error, "code", None) or getattr(error, "errno", None)
         raise KataError(f"{what}: {os.strerror(code) if isinstance(code, int) else error}") from error
 
@@ -182,7 +181,7 @@ def connect(link: Link, queues: int, vhost_net: bool) -> Answer:
                 index, fds = link["index"], _open_macvtap(link["name"], link["index"], queues)
             case _:
                 index, fds = _make_tap(link, queues)
-                undo.callback(disconnect, link)
+                undo.callback(_remove_redirection, link["index"], link["name"])
         undo.callback(_close, fds)
         if link["model"] == "tcfilter":
             _redirect(link["index"], index, f"{link['name']} to {link['tap']}")
@@ -274,8 +273,9 @@ def _make_macvtap(link: Link, undo: contextlib.ExitStack) -> None:
     ipr, name = _ipr(), link["tap"]
     with _naming(f"macvtap {name} on {link['name']}"):
         ipr.link("add", ifname=name, kind="macvtap", link=link["index"], macvtap_mode="bridge")
-        undo.callback(disconnect, link)
         index = socket.if_nametoindex(name)
+        ipr.link("set", index=index, ifalias=link["owner"])
+        undo.callback(disconnect, link)
         with contextlib.suppress(FileNotFoundError):
             _write(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "1")
         # The machine has the link's MAC address, so the link gets another: it would take the frames.
@@ -337,28 +337,38 @@ def set_mtu(name: str, mtu: int) -> Answer:
 
 
 def disconnect(link: Link) -> Answer:
-    """Take away what `connect` has made; idempotent, also for links that are gone.
+    """Take away what `connect` has made, once the machine has ended; idempotent.
 
-    A TAP goes with the last descriptor of it, wherever that is.
+    A TAP goes with the last descriptor of it: one that is there is another pod's, and so is what leads to it.
     """
     index, name = link["index"], link["name"]
     if link["model"] == "macvtap":
         _remove_macvtap(link)
-    elif link["model"] == "tcfilter":
-        with _naming(f"interface {name}"), _gone_is_well():
-            if _our_filters(index):
-                _remove_filters(index)
-                if not list(_ipr().get_filters(index=index, parent=_INGRESS_CLASS)):
-                    _ipr().tc("del", "ingress", index)
+    elif link["model"] == "tcfilter" and link["tap"] not in dict(socket.if_nameindex()).values():
+        _remove_redirection(index, name)
     return None, []
+
+
+def _remove_redirection(index: int, name: str) -> None:
+    with _naming(f"interface {name}"), _gone_is_well():
+        if _our_filters(index):
+            _remove_filters(index)
+            if not list(_ipr().get_filters(index=index, parent=_INGRESS_CLASS)):
+                _ipr().tc("del", "ingress", index)
 
 
 def _remove_macvtap(link: Link) -> None:
     ipr = _ipr()
     with _naming(f"macvtap {link['tap']}"), _gone_is_well():
-        for index, name in socket.if_nameindex():
-            if name == link["tap"]:
-                ipr.link("del", index=index)
+        ours = [
+            message["index"]
+            for message in ipr.get_links()
+            if message.get_attr("IFLA_IFNAME") == link["tap"]
+            and message.get_attr("IFLA_IFALIAS") == link["owner"]
+        ]
+        if not ours:
+            return
+        ipr.link("del", index=ours[0])
     with _naming(f"interface {link['name']}"), _gone_is_well():
         ipr.link("set", index=link["index"], address=link["hardware_addr"])
         for address, prefix in link["addresses"]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -72,7 +73,10 @@ class Network:
         on_planned: Callable[[dict[str, Any]], None],
     ) -> None:
         self.config = config
+        self._id = sandbox_id
         self.endpoints: list[Endpoint] = []
+        self._planned: dict[int, dict[str, Any]] = {}
+        """What has to be undone in the end, by the link's index."""
         self._queues = max(1, hypervisor.default_vcpus)
         self._vhost_net = not hypervisor.disable_vhost_net and VHOST_NET.exists()
         self._on_planned = on_planned
@@ -150,9 +154,9 @@ class Network:
         """Leave the namespace as it was; idempotent. Raises KataError."""
         await self.close()
         try:
-            if self.endpoints and self.config.network_namespace is not None:
-                await _disconnect(self._namespace, [each.to_connect() for each in self.endpoints])
-                self.endpoints = []
+            if self._planned and self.config.network_namespace is not None:
+                await _disconnect(self._namespace, self._planned.values())
+                self._planned = {}
         finally:
             for fd in (self._watch, self._namespace):
                 if fd >= 0:
@@ -189,8 +193,8 @@ class Network:
             if info is None:
                 changes.gone.append(endpoint)
                 continue
-            if endpoint.model is InterworkingModel.MACVTAP:
-                # What the link had is the macvtap's now.
+            if endpoint.model is not InterworkingModel.TCFILTER:
+                # What the link had is the guest's alone now.
                 info = replace(endpoint.info, name=info.name, mtu=info.mtu)
             if info != endpoint.info:
                 if info.mtu != endpoint.info.mtu and endpoint.tap != info.name:
@@ -207,18 +211,19 @@ class Network:
                     raise
                 self._log.error("the machine does not get a link: %s", error)
         if new:
+            self._plan(new)
             self.endpoints += new
-            self._plan()
         for endpoint in new:
             arguments = {"queues": self._queues, "vhost_net": self._vhost_net}
-            made, fds = await child.call("connect", link=endpoint.to_connect(), **arguments)
+            made, fds = await child.call("connect", link=endpoint.to_connect(self._id), **arguments)
             self._taps.add(made["tap"])
             device = NetDevice(
                 endpoint.tap, endpoint.info.hardware_addr, fds[: self._queues], fds[self._queues :]
             )
             changes.new.append((endpoint, device))
 
-    def _plan(self) -> None:
+    def _plan(self, new: Iterable[Endpoint]) -> None:
+        self._planned |= {each.info.index: each.to_connect(self._id) for each in new}
         if self.config.network_namespace is None:
             return  # it goes with the machine
         found = os.fstat(self._namespace)
@@ -226,7 +231,7 @@ class Network:
             {
                 "path": str(self.config.network_namespace),
                 "id": [found.st_dev, found.st_ino],
-                "links": [each.to_connect() for each in self.endpoints],
+                "links": list(self._planned.values()),
             }
         )
 
@@ -241,6 +246,10 @@ class Network:
             asyncio.get_running_loop().remove_reader(self._watch)
             try:
                 await self._apply(await self._look(strict=strict))
+            except BaseException:
+                # What has no card is new again next time.
+                self.endpoints = [each for each in self.endpoints if each.pci_path]
+                raise
             finally:
                 if self._machine is not None:
                     self._listen()
@@ -261,7 +270,6 @@ class Network:
         finally:
             new = [endpoint for endpoint, _ in changes.new]
             changes.close()
-        self._plan()
         for endpoint in (*new, *changes.changed):
             await agent.update_interface(agent_interface(endpoint))
         await agent.update_routes(agent_routes(self.endpoints))
@@ -286,8 +294,10 @@ class Network:
                 data = os.read(self._watch, 1 << 16)
             except BlockingIOError:
                 return
-            except OSError:  # ENOBUFS: there were more than it can hold
+            except OSError as error:
                 self._is_stale = True
+                if error.errno != errno.ENOBUFS:  # there were more than it can hold
+                    return
             else:
                 self._is_stale = self._is_stale or events.matter(data, self._taps)
 

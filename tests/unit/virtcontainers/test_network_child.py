@@ -1,0 +1,77 @@
+"""The process in a namespace: what it may enter, and that it passes on what is said and handed over there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from virtcontainers.errors import InvalidArgumentError, KataError
+from virtcontainers.network.child import NamespaceChild, open_namespace
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="entering a namespace needs root")
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_the_hosts_namespace_is_not_opened() -> None:
+    before = open_descriptors()
+    for path in ("/proc/self/ns/net", f"/proc/{os.getpid()}/ns/net"):
+        with pytest.raises(InvalidArgumentError, match="found the host's, expected the pod's own"):
+            open_namespace(Path(path))
+    assert open_descriptors() == before
+
+
+def test_a_namespace_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"network namespace {tmp_path}/gone: No such file"):
+        open_namespace(tmp_path / "gone")
+
+
+@needs_root
+def test_what_is_no_network_namespace_is_not_entered(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    async def enter() -> None:
+        namespace = open_namespace(tmp_path / "file")
+        try:
+            async with NamespaceChild.inside(namespace) as child:
+                await child.call("watch")
+        finally:
+            os.close(namespace)
+
+    with pytest.raises(InvalidArgumentError, match="setns: Invalid argument"):
+        asyncio.run(enter())
+
+
+@needs_root
+def test_descriptors_and_errors_come_over_and_nothing_stays() -> None:
+    """In our own namespace, where it only looks."""
+    before = open_descriptors()
+
+    async def look() -> None:
+        namespace = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            async with NamespaceChild.inside(namespace) as child:
+                names, (watch,) = await child.call("watch")
+                assert "lo" in names
+                with pytest.raises(BlockingIOError):
+                    os.read(watch, 4096)
+                assert not os.get_inheritable(watch)
+                os.close(watch)
+                with pytest.raises(KataError, match="interface no-such: MTU 1500"):
+                    await child.call("set_mtu", name="no-such", mtu=1500)
+                # It goes on after an error.
+                links, fds = await child.call("scan")
+                assert {"lo"} | {link["name"] for link in links} == set(names)
+                assert fds == []
+        finally:
+            os.close(namespace)
+
+    asyncio.run(look())
+    assert open_descriptors() == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

@@ -1,0 +1,66 @@
+"""Which of the kernel's messages make us look again."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from virtcontainers.network import events
+
+NEWLINK, DELLINK, NEWADDR, DELADDR, NEWROUTE, DELROUTE = 16, 17, 20, 21, 24, 25
+MAIN, LOCAL = 254, 255
+TAPS = {7}
+
+
+def message(kind: int, body: bytes) -> bytes:
+    return struct.pack("=IHHII", 16 + len(body), kind, 0, 0, 0) + body
+
+
+def link(kind: int, index: int) -> bytes:
+    return message(kind, struct.pack("=BxHiII", 0, 1, index, 0, 0) + bytes(36))
+
+
+def address(kind: int, index: int, scope: int) -> bytes:
+    return message(kind, struct.pack("=BBBBI", 2, 24, 0, scope, index))
+
+
+def route(kind: int, table: int, protocol: int) -> bytes:
+    return message(kind, struct.pack("=8BI", 2, 24, 0, 0, table, protocol, 0, 1, 0))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        link(NEWLINK, 2),
+        link(DELLINK, 2),
+        address(NEWADDR, 2, 0),
+        address(DELADDR, 2, 0),
+        route(NEWROUTE, MAIN, 4),
+        route(DELROUTE, MAIN, 3),
+        message(99, b"never seen"),
+        message(NEWLINK, b"cut"),
+        b"\1\0\0\0" + bytes(12),
+    ],
+)
+def test_what_may_concern_the_machine_matters(data: bytes) -> None:
+    assert events.matter(data, TAPS)
+    assert events.matter(link(NEWLINK, 7) + data, TAPS)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        link(NEWLINK, 7),
+        link(DELLINK, 7),
+        address(NEWADDR, 7, 0),
+        address(NEWADDR, 2, 253),
+        route(NEWROUTE, LOCAL, 2),
+        route(NEWROUTE, MAIN, 2),
+        route(NEWROUTE, LOCAL, 4),
+    ],
+)
+def test_what_we_do_and_what_the_kernel_does_by_itself_does_not(data: bytes) -> None:
+    assert not events.matter(data, TAPS)
+    assert not events.matter(data + data, TAPS)
