@@ -1,7 +1,7 @@
 """Kata's watchable-bind: copies of shared folders in which small files change, for programs that wait for it.
 
-A shared file system has no inotify; the copy is in a tmpfs, which has. The source is looked at once a second.
-New files are there before the link that names them (`..data` of a config map) changes, as in the source.
+A shared file system has no inotify; the copy is in a tmpfs, which has. The source is looked at twice a
+second. New files are there before the link that names them, `..data` of a config map, changes, as there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Iterator
 
 log = logging.getLogger(__name__)
 
-_INTERVAL_S = 1.0
+_INTERVAL_S = 0.5
+"""An update is to be seen within two seconds, one of which the shared file system may take itself."""
 _MAX_ENTRIES = 1000
 _MAX_BYTES = 16 << 20
 """Copies are in the machine's memory. Kubernetes' own volumes have 1 MiB, and twice that during an update."""

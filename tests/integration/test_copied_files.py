@@ -6,23 +6,17 @@ import asyncio
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import new_id
 from test_block import Pod, block_container
-from test_sandbox import booting, spec
+from test_sandbox import booting, sandbox_config, spec
 from test_volumes import GROUP, Kubelet
 
-from virtcontainers.config import (
-    AgentConfig,
-    FactoryConfig,
-    HypervisorConfig,
-    NetworkConfig,
-    SandboxConfig,
-    SharedFS,
-)
+from virtcontainers.config import ContainerConfig, SharedFS
 from virtcontainers.container import Container
 from virtcontainers.errors import InvalidArgumentError
 from virtcontainers.sandbox import Sandbox, create_sandbox
@@ -31,20 +25,10 @@ from virtcontainers.sandbox import Sandbox, create_sandbox
 @pytest.fixture(scope="module")
 def pod(tmp_path_factory: pytest.TempPathFactory, guest_image: Path) -> Iterator[Pod]:
     directory, pod_id = tmp_path_factory.mktemp("pod"), new_id("pod")
-    config = SandboxConfig(
-        id=pod_id,
-        hostname="pod",
-        hypervisor=HypervisorConfig(
-            kernel=guest_image / "vmlinuz",
-            initrd=guest_image / "initrd.img",
-            default_memory_mib=256,
-            shared_fs=SharedFS.NONE,
-        ),
-        agent=AgentConfig(),
-        factory=FactoryConfig(),
-        network=NetworkConfig(),
-        container=block_container(directory, pod_id, spec("sleep", "100000")),
+    config = sandbox_config(
+        directory / "unused", guest_image, pod_id, spec("sleep", "100000"), shared_fs=SharedFS.NONE
     )
+    config = replace(config, container=block_container(directory, pod_id, config.container.spec))
 
     async def start() -> Sandbox:
         sandbox = await create_sandbox(config, booting(config))
@@ -75,6 +59,13 @@ def bind(source: Path, destination: str, *options: str) -> dict[str, Any]:
     }
 
 
+def container(
+    pod: Pod, name: str, script: str, mounts: list[dict[str, Any]], **linux: Any
+) -> ContainerConfig:
+    """With all that busybox has, in a root that has little of it."""
+    return pod.container(name, f"/bin/busybox --install -s /bin; {script}", mounts, **linux)
+
+
 async def says(container: Container, text: str) -> str:
     """What the container has written, up to `text`."""
     said = ""
@@ -95,7 +86,9 @@ def test_small_files_and_folders_are_copied_with_their_owners(pod: Pod, tmp_path
     (folder / "below/big").write_bytes(b"x" * (3 << 20))
     (folder / "link").symlink_to("below/big")
     script = "cat /etc/hosts; stat -c '%u %g %a' /etc/hosts; wc -c < /folder/link; echo > /folder/new"
-    said = pod.run(pod.container("files", script, [bind(hosts, "/etc/hosts"), bind(folder, "/folder", "ro")]))
+    said = pod.run(
+        container(pod, "files", script, [bind(hosts, "/etc/hosts"), bind(folder, "/folder", "ro")])
+    )
     assert said.startswith(f"127.0.0.1 localhost\n1000 {GROUP} 604\n{3 << 20}\n")
     assert "Read-only file system" in said
 
@@ -110,24 +103,24 @@ def test_what_kubelet_changes_changes_in_the_container(pod: Pod, kubelet: Kubele
     )
 
     async def body() -> tuple[str, str]:
-        config = pod.container("token", script, [bind(volume, "/token", "ro")])
-        container = await pod.sandbox.create_container(config)
+        config = container(pod, "token", script, [bind(volume, "/token", "ro")])
+        made = await pod.sandbox.create_container(config)
         try:
-            await container.start()
-            before = await says(container, "\n")
+            await made.start()
+            before = await says(made, "\n")
             kubelet.publish(volume, 2, token="second", new="new")
-            after = await says(container, "No such file or directory\n")
+            after = await says(made, "No such file or directory\n")
             kubelet.publish(volume, 3, token="third", new="new")
-            await says(container, "end\n")
+            await says(made, "end\n")
             return before, after
         finally:
-            await container.stop()
-            await container.delete()
+            await made.stop()
+            await made.delete()
 
     before, after = pod.await_(body())
     assert before == "firstold\n"
     assert re.match(r"secondnew(\n|)", after)
-    left = pod.run(pod.container("left", "ls /run/kata-containers 2>&1"))
+    left = pod.run(container(pod, "left", "ls /run/kata-containers 2>&1", []))
     assert "token" not in left
 
 
@@ -138,9 +131,9 @@ def test_empty_dirs_are_the_machines(pod: Pod, kubelet: Kubelet) -> None:
     disk.chmod(0o2777)
     mounts = [bind(memory, "/memory"), bind(disk, "/disk")]
     script = "df -k /memory | tail -n 1; echo one > /memory/file; echo two > /disk/file"
-    assert pod.run(pod.container("one", script, mounts)).split()[1] == "2048"
+    assert pod.run(container(pod, "one", script, mounts)).split()[1] == "2048"
     script = "cat /memory/file /disk/file; stat -c '%g %a' /disk; grep ' /disk ' /proc/mounts"
-    said = pod.run(pod.container("two", script, mounts)).splitlines()
+    said = pod.run(container(pod, "two", script, mounts)).splitlines()
     assert said[:3] == ["one", "two", f"{GROUP} 2777"]
     assert said[3].split()[2] == "ext4", "the pod's first container's root"
 
@@ -148,11 +141,11 @@ def test_empty_dirs_are_the_machines(pod: Pod, kubelet: Kubelet) -> None:
 def test_what_cannot_be_copied_is_refused_by_name(pod: Pod, tmp_path: Path) -> None:
     for source, words in ((tmp_path, "found a folder to write to"), (Path("/run"), "found a folder")):
         with pytest.raises(InvalidArgumentError, match=f"mount /data of container .*{source}: {words}"):
-            pod.run(pod.container("refused", "true", [bind(source, "/data", "rw")]))
+            pod.run(container(pod, "refused", "true", [bind(source, "/data", "rw")]))
     with pytest.raises(
         InvalidArgumentError, match=r"mount /data .*/usr: found more than 1000 files or 16 MiB"
     ):
-        pod.run(pod.container("refused", "true", [bind(Path("/usr"), "/data", "ro")]))
+        pod.run(container(pod, "refused", "true", [bind(Path("/usr"), "/data", "ro")]))
 
 
 def test_huge_pages_are_set_aside(pod: Pod, kubelet: Kubelet) -> None:
@@ -160,12 +153,12 @@ def test_huge_pages_are_set_aside(pod: Pod, kubelet: Kubelet) -> None:
     limits = [{"pageSize": "2MB", "limit": 8 << 20}]
     script = "grep ' /huge ' /proc/mounts; cat /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
     mounts = [bind(volume, "/huge"), {"destination": "/sys", "type": "sysfs", "source": "sysfs"}]
-    config = pod.container("huge", script, mounts, resources={"hugepageLimits": limits})
+    config = container(pod, "huge", script, mounts, resources={"hugepageLimits": limits})
     mounted, count = pod.run(config).splitlines()
     assert mounted.split()[2] == "hugetlbfs"
     assert "pagesize=2M" in mounted
     assert count == "4"
-    after = pod.run(pod.container("after", script.rpartition("; ")[2], mounts[1:]))
+    after = pod.run(container(pod, "after", script.rpartition("; ")[2], mounts[1:]))
     assert after == "0\n"
     with pytest.raises(InvalidArgumentError, match=r"/huge .*found no limit for huge pages of 2097152 bytes"):
-        pod.run(pod.container("refused", "true", mounts))
+        pod.run(container(pod, "refused", "true", mounts))
