@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import socket
 import struct
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -22,7 +23,7 @@ from virtcontainers.agent import KataAgent
 from virtcontainers.config import AgentConfig, AgentTransport, HypervisorConfig, SharedFS
 from virtcontainers.errors import DeadlineExceededError, InvalidArgumentError, KataError, NotFoundError
 from virtcontainers.factory.template import Template, destroy
-from virtcontainers.hypervisor.base import Persisted
+from virtcontainers.hypervisor.base import NetDevice, Persisted, QMPFailed
 from virtcontainers.vm import VM, VMConfig
 
 pytestmark = pytest.mark.skipif(
@@ -319,6 +320,11 @@ def test_what_cannot_be_is_refused_by_name(template: Template) -> None:
                     with pytest.raises(error, match=sentence):
                         await refused
                 assert "inet 10.88.0.2/24 brd 10.88.0.255 scope global eth0" in await guest.words("ip addr")
+                with tap("tap-b") as another:
+                    device = NetDevice("a", OTHER_MAC, [another])
+                    with pytest.raises(QMPFailed, match="QMP netdev_add: Duplicate ID 'a'"):
+                        await guest.vm.hypervisor.hotplug_net(device)
+                assert "tap-b" not in {name for _, name in socket.if_nameindex()}, "QEMU has it open"
 
     asyncio.run(body())
 
