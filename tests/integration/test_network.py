@@ -138,6 +138,14 @@ class TestTwoPods:
         queues = [succeeds(ctr, pod, "ls", "/sys/class/net/eth0/queues").split() for pod in pods]
         assert queues == [["rx-0", "rx-1", "tx-0", "tx-1"], ["rx-0", "tx-0"]]
 
+    def test_qemu_itself_is_not_where_their_links_are(
+        self, pods: tuple[str, str], nets: tuple[Namespace, Namespace]
+    ) -> None:
+        for pod, net in zip(pods, nets, strict=True):
+            (qemu,) = processes_of(pod, "qemu-system")
+            places = [Path(f"/proc/{qemu}/ns/net"), Path("/run/netns", net.name), Path("/proc/self/ns/net")]
+            assert len({place.stat().st_ino for place in places}) == 3
+
     def test_they_reach_the_host_and_each_other(
         self, ctr: Ctr, pods: tuple[str, str], nets: tuple[Namespace, Namespace]
     ) -> None:

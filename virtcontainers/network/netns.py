@@ -131,9 +131,11 @@ def _link(message: Any) -> dict[str, Any]:
     linkinfo = message.get_attr("IFLA_LINKINFO")
     kind = (linkinfo.get_attr("IFLA_INFO_KIND") if linkinfo else "") or ""
     data = linkinfo.get_attr("IFLA_INFO_DATA") if linkinfo else None
+    name = message.get_attr("IFLA_IFNAME")
     return {
         "index": message["index"],
-        "name": message.get_attr("IFLA_IFNAME"),
+        # pyroute2 gives bytes where it is no UTF-8, and no agent can be told such a name.
+        "name": name if isinstance(name, str) else name.decode(errors="backslashreplace"),
         "kind": "tun" if kind in ("tun", "tuntap") else kind,
         "mtu": message.get_attr("IFLA_MTU"),
         "hardware_addr": message.get_attr("IFLA_ADDRESS") or "",

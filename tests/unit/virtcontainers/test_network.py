@@ -152,6 +152,20 @@ def test_what_the_machine_refused_is_told_and_tried_again(
     asyncio.run(body())
 
 
+def test_a_name_that_is_no_text_is_spelt_out(namespace: Namespace) -> None:
+    async def body() -> None:
+        machine = Machine()
+        add_link(namespace, "eth0", "10.0.0.2/24")
+        # The shell's own printf: an argument cannot be written so here.
+        namespace.sh(r"ip link set eth0 down; ip link set eth0 name $(printf 'e\377')")
+        network = await attached(namespace, machine)
+        machine.end()
+        await network.delete()
+        assert list(machine.interfaces) == [r"e\xff"]
+
+    asyncio.run(body())
+
+
 def test_gateways_of_the_other_family_are_gateways(namespace: Namespace) -> None:
     async def body() -> None:
         machine = Machine()
