@@ -1,7 +1,7 @@
 """What machines and containers cost, measured in one run: a table, JSON and a plot in bench-results/.
 
-A container beside runc, the machines of every factory, and pods that grow; hack/bench_factory.py and
-hack/bench_pods.py say how. Times of different runs do not compare, those of one run do.
+A container beside runc, the machines of every factory, pods that grow, and a pod's network and files beside
+runc's; hack/bench_*.py say how. Times of different runs do not compare, those of one run do.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import bench_factory
+import bench_files
+import bench_network
 import bench_pods
 import bench_runc
 from bench_common import Progress, lined_up
@@ -27,7 +29,7 @@ from private_containerd import REPO
 
 RESULTS = REPO / "bench-results"
 FACTORY_PARTS = ("agent", "first-byte", "memory")
-PARTS = ("runc", *FACTORY_PARTS, *bench_pods.PARTS)
+PARTS = ("runc", *FACTORY_PARTS, *bench_pods.PARTS, "network", "files")
 BUSY = 0.5
 """Processes that want to run, per CPU, before the benchmark starts any."""
 QUICK_RUNS = 2
@@ -43,7 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N,N",
         help=f"idle pods ({_list(bench_factory.PODS)}; with --quick {_list(QUICK_PODS)})",
     )
-    parser.add_argument("--quick", action="store_true", help="about six minutes, for a first look")
+    parser.add_argument("--quick", action="store_true", help="some eight minutes, for a first look")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts")
     parser.add_argument(
         "--ways", nargs="+", choices=bench_factory.WAYS, default=list(bench_factory.WAYS), help="these ways"
@@ -72,10 +74,11 @@ def report(result: dict[str, Any]) -> str:
         parts.append(lined_up([("aim", "", "found", ""), *measured]))
         if failures := bench_factory.failures(factory):
             parts.append("\n".join(["not measured:", *(f"  {failure}" for failure in failures)]))
-    if "pods" in result:
-        parts.append(lined_up(bench_pods.rows(result["pods"])))
-        if failures := bench_pods.failures(result["pods"]):
-            parts.append("\n".join(["not measured:", *(f"  {failure}" for failure in failures)]))
+    for name, part in (("pods", bench_pods), ("network", bench_network), ("files", bench_files)):
+        if name in result:
+            parts.append(lined_up(part.rows(result[name])))
+            if failures := bench_pods.failures(result[name]):
+                parts.append("\n".join(["not measured:", *(f"  {failure}" for failure in failures)]))
     host = result["host"]
     load = ", ".join(
         f"{host[key][0]:.1f} {when}" for key, when in (("load", "before"), ("load_after", "after"))
@@ -98,7 +101,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     parts = [
         (part, name)
-        for part, name in ((bench_runc, "runc"), (bench_factory, "factory"), (bench_pods, "pods"))
+        for part, name in (
+            (bench_runc, "runc"),
+            (bench_factory, "factory"),
+            (bench_pods, "pods"),
+            (bench_network, "network"),
+            (bench_files, "files"),
+        )
         if name in result
     ]
     figure, axes = pyplot.subplots(
@@ -127,6 +136,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 )
             if parts := set(bench_pods.PARTS).intersection(options.only):
                 result["pods"] = bench_pods.measure(bench, options.ways, parts, options.runs, progress)
+            if "network" in options.only:
+                result["network"] = bench_network.measure(bench, options.runs, progress)
+            if "files" in options.only:
+                result["files"] = bench_files.measure(bench, options.runs, progress)
         finally:
             progress.close()
             bench.containerd.destroy()

@@ -75,6 +75,8 @@ class Containerd:
     """Of kata-py's configuration, when there is none yet."""
     cri: bool = False
     """With the CRI plugin, the runtime handler `kata-py`, and a bridge on the host for its pods."""
+    plugins: str = ""
+    """More of containerd's own configuration, for versions that read `version = 2`."""
 
     @property
     def address(self) -> Path:
@@ -257,7 +259,8 @@ disabled_plugins = {json.dumps(disabled)}
   address = "{self.address}.ttrpc"
 [debug]
   level = "debug"
-{settings}"""
+{settings}
+{self.plugins}"""
         )
 
 

@@ -26,8 +26,11 @@ NAMESPACE = "k8s.io"
 PAUSE_IMAGE = "docker.io/library/kata-py-pause:latest"
 PAUSE_IMAGE_ARCHIVE = CACHE / "images/pause.tar"
 
+CRICTL_MISSING = CACHE / "bin/crictl.missing"
+"""Why there is none."""
+
 BRIDGE_PREFIX = "kpy-"
-_CNI_DIRECTORIES = (Path("/usr/lib/cni"), Path("/opt/cni/bin"))
+CNI_DIRECTORIES = (Path("/usr/lib/cni"), Path("/opt/cni/bin"))
 """Debian's, and everybody else's."""
 
 
@@ -71,6 +74,11 @@ class Network:
     def write_cni(self, directory: Path) -> None:
         """The directory that CNI reads its configuration from."""
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / "10-kata-py.conflist").write_text(self.conflist)
+
+    @property
+    def conflist(self) -> str:
+        """CNI's configuration of a pod's network, JSON."""
         addresses = {
             "type": "host-local",
             "dataDir": str(self.run / "cni-addresses"),
@@ -79,7 +87,7 @@ class Network:
         }
         plugin = {"type": "bridge", "bridge": self.bridge, "ipam": addresses}
         network = {"cniVersion": "0.4.0", "name": self.bridge, "plugins": [plugin]}
-        (directory / "10-kata-py.conflist").write_text(json.dumps(network, indent=2))
+        return json.dumps(network, indent=2)
 
 
 def major_version(binaries: Path) -> int:
@@ -97,7 +105,7 @@ def containerd_settings(major: int, run: Path) -> str:
 
     It ends with what hack/kubernetes has for this containerd: what a person is told to add is what runs here.
     """
-    bin_dir = next((path for path in _CNI_DIRECTORIES if path.exists()), _CNI_DIRECTORIES[0])
+    bin_dir = next((path for path in CNI_DIRECTORIES if path.exists()), CNI_DIRECTORIES[0])
     if major == 1:
         drop_in = (KUBERNETES / "containerd-1.x.toml").read_text()
         # The network namespaces elsewhere than everybody's: /run/netns is compared before and after tests.
@@ -128,10 +136,15 @@ def containerd_imports(major: int) -> str:
     return f'imports = ["{KUBERNETES}/containerd-2.x.toml"]' if major > 1 else ""
 
 
-def crictl_command(address: Path, *arguments: str) -> list[str]:
-    """crictl, as setup.sh found it, else what has its commands here."""
+def find_crictl() -> str | None:
+    """As hack/get-crictl leaves it."""
     installed = CACHE / "bin/crictl"
-    crictl = str(installed) if installed.exists() else shutil.which("crictl")
+    return str(installed) if installed.exists() else shutil.which("crictl")
+
+
+def crictl_command(address: Path, *arguments: str) -> list[str]:
+    """crictl, else what has its commands here."""
+    crictl = find_crictl()
     client = [str(REPO / ".venv/bin/python"), str(REPO / "hack/cri_client.py")]
     program = [crictl] if crictl else client
     endpoint = f"unix://{address}"

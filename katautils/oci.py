@@ -285,14 +285,13 @@ def _is_own_network(path: str) -> bool:
 
 
 def _check_devices(spec: OCISpec, container_id: str) -> None:
-    """Character devices become nodes with the same numbers in the guest, as with Kata. A disk's numbers would
-    be those of one of the guest's own. Raises InvalidArgumentError naming the device."""
+    """Character devices become nodes with the same numbers in the guest, as with Kata, and block devices are
+    plugged in. Raises InvalidArgumentError naming a device that is neither."""
     for device in spec["linux"].get("devices", []):
         path = device["path"]
-        if device["type"] == "b" or (path.startswith("/dev/vfio/") and path != "/dev/vfio/vfio"):
-            kind = "block" if device["type"] == "b" else "VFIO"
+        if path.startswith("/dev/vfio/") and path != "/dev/vfio/vfio":
             raise _invalid(
-                f"container {container_id}: found the host's {kind} device {path} in linux.devices, expected "
+                f"container {container_id}: found the host's VFIO device {path} in linux.devices, expected "
                 "none: it cannot be given to the machine (for privileged containers set "
                 "privileged_without_host_devices = true at the runtime in containerd's configuration)"
             )

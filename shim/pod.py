@@ -24,6 +24,7 @@ from shim.events import Publisher
 from shim.protocols import events_pb2, types_pb2
 from shim.protocols.task_types_pb2 import CREATED, PAUSED, PAUSING, RUNNING, STOPPED, Status
 from shim.stdio import ProcessIO, Stdio
+from virtcontainers import persist
 from virtcontainers.config import Mount
 from virtcontainers.container import Container, Process
 from virtcontainers.errors import (
@@ -152,6 +153,7 @@ class Pod:
         self._watchers: set[asyncio.Task[None]] = set()
         """Of the machine."""
         self._teardown: asyncio.Task[None] | None = None
+        self._management: asyncio.Server | None = None
         self._background: set[asyncio.Task[Any]] = set()
 
     def when_empty(self, act: Callable[[], None]) -> None:
@@ -246,6 +248,7 @@ class Pod:
                 )
                 created.container = sandbox.containers[container_id]
                 self._adopt(sandbox, container_id)
+                await self._serve_management(sandbox)
         except KataError as error:
             if not _NO_COMMAND.search(str(error)):
                 await init.io.close()
@@ -264,6 +267,20 @@ class Pod:
             asyncio.create_task(self._watch_machine(sandbox)),
             asyncio.create_task(self._watch_oom(sandbox)),
         }
+
+    async def _serve_management(self, sandbox: Sandbox) -> None:
+        """For `kata-py` and Kata's tools; a pod can do without."""
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            from shim.management import serve
+
+            await serve(sandbox, reader, writer)
+
+        path = persist.management_socket(sandbox.id)
+        try:
+            self._management = await asyncio.start_unix_server(serve, path)
+        except OSError as error:
+            log.warning("no management: %s: %s", path, error, extra={"sandbox": sandbox.id})
 
     async def start(self, container_id: str, exec_id: str) -> int:
         """Start a container's init, or an exec; returns the pid."""
@@ -566,6 +583,8 @@ class Pod:
             return
         for watcher in self._watchers:
             watcher.cancel()
+        if self._management is not None:
+            self._management.close()
         self._teardown = self._spawn(self._stop(self._sandbox))
 
     async def _stop(self, sandbox: Sandbox) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_client.client import AgentClient
-from agent_client.protocols import agent_pb2, health_pb2, oci_json, types_pb2
+from agent_client.protocols import agent_pb2, csi_pb2, health_pb2, oci_json, types_pb2
 from ttrpc import Code, ConnectionClosed, StatusError, TtrpcError
 from virtcontainers import errors
 from virtcontainers.config import (
@@ -25,6 +26,9 @@ from virtcontainers.config import (
 log = logging.getLogger(__name__)
 
 _MAX_HOSTNAME_BYTES = 64
+
+_COPY_PIECE_BYTES = 1 << 20
+"""Kata's; a message has at most 4 MiB."""
 
 _ERRORS: Mapping[Code, type[errors.KataError]] = {
     Code.NOT_FOUND: errors.NotFoundError,
@@ -60,6 +64,11 @@ class KataAgent:
     @property
     def supports_seccomp(self) -> bool:
         return self.details.agent_details.supports_seccomp
+
+    @property
+    def storage_handlers(self) -> Sequence[str]:
+        """The drivers of storages that it has."""
+        return self.details.agent_details.storage_handlers
 
     @property
     def keeps_output(self) -> bool:
@@ -154,6 +163,18 @@ class KataAgent:
         """The kernel's own too."""
         with translated("ListRoutes"):
             return list((await self.client.list_routes(agent_pb2.ListRoutesRequest())).Routes)
+
+    async def get_ip_tables(self, *, is_ipv6: bool) -> bytes:
+        """As `iptables-save` tells them."""
+        request = agent_pb2.GetIPTablesRequest(is_ipv6=is_ipv6)
+        with translated("GetIPTables"):
+            return (await self.client.get_ip_tables(request)).data
+
+    async def set_ip_tables(self, data: bytes, *, is_ipv6: bool) -> None:
+        """For `iptables-restore`; when it refuses them, there are those of before."""
+        request = agent_pb2.SetIPTablesRequest(is_ipv6=is_ipv6, data=data)
+        with translated("SetIPTables"):
+            await self.client.set_ip_tables(request)
 
     async def destroy_sandbox(self, timeout_s: float) -> None:
         with translated("DestroySandbox"):
@@ -261,6 +282,42 @@ class KataAgent:
         )
         with translated(f"TtyWinResize {container_id}/{exec_id}"):
             await self.client.tty_win_resize(request)
+
+    async def update_ephemeral_mounts(self, storages: Sequence[agent_pb2.Storage]) -> None:
+        """Set sizes of tmpfs anew; an old agent of Kata's cannot, which is logged."""
+        request = agent_pb2.UpdateEphemeralMountsRequest(storages=storages)
+        try:
+            with translated("UpdateEphemeralMounts"):
+                await self.client.update_ephemeral_mounts(request)
+        except errors.UnimplementedError as error:
+            log.warning("volumes in memory keep the size the guest gives them: %s", error)
+
+    async def copy_file(self, path: str, data: bytes, *, mode: int, uid: int, gid: int) -> None:
+        """Make a file, a directory or a symbolic link, by the type in `mode`, in the place of what has the
+        path already; `data` is what is in the file, or what the link says."""
+        for offset in range(0, len(data) or 1, _COPY_PIECE_BYTES):
+            request = agent_pb2.CopyFileRequest(
+                path=path,
+                file_size=len(data) if stat.S_ISREG(mode) else 0,
+                file_mode=mode,
+                dir_mode=0o750,
+                uid=uid,
+                gid=gid,
+                offset=offset,
+                data=data[offset : offset + _COPY_PIECE_BYTES],
+            )
+            with translated(f"CopyFile {path}"):
+                await self.client.copy_file(request)
+
+    async def get_volume_stats(self, guest_path: str) -> csi_pb2.VolumeStatsResponse:
+        request = agent_pb2.VolumeStatsRequest(volume_guest_path=guest_path)
+        with translated(f"GetVolumeStats {guest_path}"):
+            return await self.client.get_volume_stats(request)
+
+    async def resize_volume(self, guest_path: str, size_bytes: int) -> None:
+        request = agent_pb2.ResizeVolumeRequest(volume_guest_path=guest_path, size=size_bytes)
+        with translated(f"ResizeVolume {guest_path}"):
+            await self.client.resize_volume(request)
 
     async def get_oom_event(self) -> str:
         """The id of the next container that ran out of memory; waits for it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from virtcontainers import mount, persist
+from virtcontainers import direct_volume, mount, persist
 from virtcontainers.errors import KataError, NotFoundError
 from virtcontainers.fs_share import FilesystemShare
 
@@ -76,4 +76,5 @@ def _is_shim(pid: int) -> bool:
 def remove_host_state(sandbox_id: str) -> None:
     """Remove a sandbox's share and then what is persisted of it; its machine is gone already. Idempotent."""
     FilesystemShare(sandbox_id).cleanup()
+    direct_volume.forget_sandbox_id(sandbox_id)
     persist.destroy(sandbox_id)

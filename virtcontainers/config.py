@@ -24,6 +24,9 @@ SHARED_SANDBOXES = Path("/run/kata-containers/shared/sandboxes")
 GUEST_SHARED_DIR = "/run/kata-containers/shared/containers/"
 """Where the guest mounts the share; the rootfs of container C is `<here>C/rootfs`."""
 
+GUEST_CONTAINERS_DIR = "/run/kata-containers/"
+"""In the guest: `<here>C/rootfs` is the root of a container C that is not shared."""
+
 GUEST_SANDBOX_DIR = "/run/kata-containers/sandbox/"
 """Where the guest keeps what belongs to the pod: shm, ephemeral storages, namespaces."""
 
@@ -101,6 +104,10 @@ class HypervisorConfig:
     msize_9p: int = 8192
     block_device_driver: str = "virtio-scsi"
     block_device_aio: str = "io_uring"
+    block_device_cache_set: bool = False
+    """The next two count; else it is QEMU's own way: through the host's page cache, flushed when asked to."""
+    block_device_cache_direct: bool = False
+    block_device_cache_noflush: bool = False
     disable_block_device_use: bool = False
     disable_vhost_net: bool = False
     entropy_source: str = "/dev/urandom"

@@ -6,22 +6,23 @@ import asyncio
 import logging
 from contextlib import AsyncExitStack
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from virtcontainers.config import ContainerConfig
+from virtcontainers.device.disks import ContainerDisks
 from virtcontainers.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
-    InvalidArgumentError,
     KataError,
     NotFoundError,
     UnavailableError,
 )
 from virtcontainers.guest_spec import guest_spec
+from virtcontainers.volumes import Volumes
 
 if TYPE_CHECKING:
     from agent_client.protocols import agent_pb2
+    from virtcontainers.copied_files import CopiedFile
     from virtcontainers.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
@@ -120,10 +121,15 @@ class Container:
         self.resources: dict[str, Any] = config.spec.get("linux", {}).get("resources") or {}
         self._log = logging.LoggerAdapter(log, {"sandbox": sandbox.id, "container": self.id})
         self._undo = AsyncExitStack()
+        self.disks = ContainerDisks(config, sandbox.config.hypervisor)
         self._in_guest = False
+        self._updating = asyncio.Lock()
         self._exit_watch: asyncio.Task[None] | None = None
         self._guest_spec: dict[str, Any] = {}
         self._sandbox_pidns = False
+        self._volumes = Volumes(
+            config.id, config.spec, sandbox.config, sandbox.fs_share, local_dir=sandbox.local_dir
+        )
         self._storages: list[agent_pb2.Storage] = []
         """What the guest mounts for this container, in this order."""
         self._devices: list[agent_pb2.Device] = []
@@ -139,31 +145,37 @@ class Container:
         """Mount and share the root and the volumes, and make the guest's spec of it: host side only, so
         that it can be done while the machine starts. `cleanup` undoes it."""
         share, config = self.sandbox.fs_share, self.config
-        self._undo.callback(share.unshare_root_filesystem, self.id, config.rootfs)
-        rootfs = share.share_root_filesystem(self.id, config.rootfs)
+        self.disks.require_root()
+        if not (rootfs := self.disks.root):
+            self._undo.callback(share.unshare_root_filesystem, self.id, config.rootfs)
+            rootfs = share.share_root_filesystem(self.id, config.rootfs)
         self._undo.callback(share.unshare_files, self.id)
 
-        def share_file(source: Path, destination: str, readonly: bool) -> str:
-            try:
-                return share.share_file(self.id, source, destination, readonly=readonly)
-            except KataError as error:
-                raise InvalidArgumentError(f"mount {destination} of container {self.id}: {error}") from error
-
         self._guest_spec, self._sandbox_pidns = guest_spec(
-            config.spec,
+            self.disks.take_volumes(),
             rootfs=rootfs,
-            share_file=share_file,
+            guest_mount=self._volumes.guest_mount,
             shm_size_bytes=self.sandbox.config.shm_size_bytes,
             pass_seccomp=not self.sandbox.config.disable_guest_seccomp,
         )
 
+    @property
+    def is_root_mounted(self) -> bool:
+        """On the host, by us."""
+        return not self.disks.root and bool(self.config.rootfs.mounts)
+
     async def create(self) -> None:
-        """Ask the agent to create what `share` prepared. On failure the caller runs `cleanup`."""
+        """Plug in what `share` could not share, and ask the agent to create it all. On failure the caller
+        runs `cleanup`."""
         if self._guest_spec["linux"].get("seccomp") and not self.sandbox.agent.supports_seccomp:
             raise FailedPreconditionError(
                 f"container {self.id} has a seccomp profile and the guest's agent does not support seccomp: "
                 "set disable_guest_seccomp = true in [runtime] or use a guest image that does"
             )
+        self._volumes.fit_agent(self.sandbox.agent.storage_handlers, self._guest_spec)
+        await self.disks.attach(self.sandbox, self._guest_spec, self._undo)
+        if self._volumes.copied:
+            await self._copy_files(self._volumes.copied)
         # Set before the call: a creation that timed out may still have happened.
         self._in_guest = True
         await self.sandbox.agent.create_container(
@@ -171,10 +183,25 @@ class Container:
             self._guest_spec,
             sandbox_pidns=self._sandbox_pidns,
             timeout_s=self.sandbox.config.create_container_timeout_s,
-            storages=self._storages,
-            devices=self._devices,
+            storages=[*self.disks.storages, *self._volumes.storages, *self._storages],
+            devices=[*self.disks.devices, *self._devices],
         )
         self._guest_spec = {}
+        await self.size_tmpfs(limited=True)
+
+    async def size_tmpfs(self, *, limited: bool = False) -> None:
+        """Fit volumes in memory to the machine's; with `limited` also those that have a limit to theirs."""
+        if self._in_guest and (
+            storages := self._volumes.tmpfs_to_size(self.sandbox.memory_mib, limited=limited)
+        ):
+            await self.sandbox.agent.update_ephemeral_mounts(storages)
+
+    async def _copy_files(self, files: list[CopiedFile]) -> None:
+        from virtcontainers.copied_files import FileWatch
+
+        watch = FileWatch(self.sandbox.agent, files, self._log)
+        self._undo.push_async_callback(watch.close)
+        await watch.start()
 
     async def start(self) -> None:
         """Raises what the agent says, "executable file not found" for one; the container is then STOPPED."""
@@ -230,18 +257,20 @@ class Container:
 
     async def update(self, resources: dict[str, Any]) -> None:
         """Set new limits (an OCI linux.resources object): the machine is fitted first, then the cgroup."""
-        self.require(ContainerState.CREATED, ContainerState.RUNNING, ContainerState.PAUSED)
-        before = self.resources
-        self.resources = _updated(before, resources)
         # The host's CPUs and memory nodes are not the guest's.
         cpu = {k: v for k, v in (resources.get("cpu") or {}).items() if k not in ("cpus", "mems")}
-        try:
-            await self.sandbox.update_resources()
-            others = {k: v for k, v in resources.items() if k != "cpu"}
-            await self.sandbox.agent.update_container(self.id, {**others, "cpu": cpu} if cpu else others)
-        except BaseException:
-            self.resources = before
-            raise
+        others = {k: v for k, v in resources.items() if k != "cpu"}
+        async with self._updating:
+            self.require(ContainerState.CREATED, ContainerState.RUNNING, ContainerState.PAUSED)
+            before = self.resources
+            self.resources = _updated(before, resources)
+            try:
+                await self.sandbox.update_resources()
+                await self.sandbox.agent.update_container(self.id, {**others, "cpu": cpu} if cpu else others)
+            except BaseException:
+                self.resources = before
+                self.sandbox.release_cpus()
+                raise
 
     async def stats(self) -> agent_pb2.StatsContainerResponse:
         return await self.sandbox.agent.stats_container(self.id)

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,17 @@ _ATTRIBUTES = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | MOUNT_A
 """Of all that is shared, on the host alone. The guest's root makes symlinks, device nodes and setuid programs
 as any root does, and its kernel deals with them. Who serves them here, by these mounts, cannot follow, open
 or execute them."""
+
+
+WATCHABLE = "watchable"
+_SANDBOX_MOUNTS = "sandbox-mounts"
+
+
+def shared_name(container_id: str, destination: str) -> str:
+    """Kata's name for a container's file in the share, which its policies know; the end of a long one is cut
+    to what a file system takes."""
+    name = f"{container_id}-{secrets.token_hex(8)}-{Path(destination).name or 'root'}"
+    return os.fsencode(name)[:_NAME_LIMIT_BYTES].decode(errors="ignore")
 
 
 @dataclass(frozen=True)
@@ -92,23 +104,41 @@ class FilesystemShare:
         """Take the container's root back out of the share; idempotent."""
         self._unshare(self._mounts / container_id)
 
-    def share_file(self, container_id: str, source: Path, destination: str, *, readonly: bool) -> str:
-        """Share one bind mount's source, file or directory with all that is mounted in it; returns its path
-        in the guest. Read-only is enforced here, on the host, not left to the guest."""
-        # Kata's name, which its policies know; the end of a long one is cut to what a file system takes.
-        name = f"{container_id}-{secrets.token_hex(8)}-{Path(destination).name or 'root'}"
-        name = os.fsencode(name)[:_NAME_LIMIT_BYTES].decode(errors="ignore")
-        target = self._mounts / name
-        beneath = _guests_folder(source)
+    def share_sandbox_bind_mounts(self, sources: Sequence[str]) -> None:
+        """Share `sandbox_bind_mounts`, read-only, as `sandbox-mounts/NAME`: for the guest itself."""
+        for source in map(Path, sources):
+            self._share(source, f"{_SANDBOX_MOUNTS}/{source.resolve().name}", readonly=True, slave=False)
+
+    def share_file(
+        self, container_id: str, source: Path, destination: str, *, readonly: bool, slave: bool = False
+    ) -> str:
+        """Share one bind mount's source, file or directory with all that is mounted in it, with `slave` also
+        later; returns its path in the guest. Read-only is enforced here, on the host, not left to the guest,
+        for all but what is mounted later."""
+        name = shared_name(container_id, destination)
+        self._share(source, name, readonly=readonly, slave=slave)
+        return GUEST_SHARED_DIR + name
+
+    def _share(self, source: Path, name: str, *, readonly: bool, slave: bool) -> None:
+        beneath = guests_folder(source)
         try:
             mount.bind_mount(
-                source, target, readonly=readonly, recursive=True, attributes=_ATTRIBUTES, beneath=beneath
+                source,
+                self._mounts / name,
+                readonly=readonly,
+                recursive=True,
+                slave=slave,
+                attributes=_ATTRIBUTES,
+                beneath=beneath,
             )
         except KataError as error:
             if beneath is None:
                 raise
             raise KataError(f"{error}; a guest can write in {beneath}") from error
-        return GUEST_SHARED_DIR + name
+
+    def make_watchable_directory(self) -> None:
+        """Where the guest mounts its copies of what it watches; it cannot make it, its share is read-only."""
+        (self._mounts / WATCHABLE).mkdir(exist_ok=True, mode=0o750)
 
     def unshare_files(self, container_id: str) -> None:
         """Take back everything of one container that `share_file` gave; idempotent."""
@@ -132,7 +162,7 @@ class FilesystemShare:
         mount.remove_mountpoints(self.root)
 
 
-def _guests_folder(source: Path) -> Path | None:
+def guests_folder(source: Path) -> Path | None:
     """The outermost folder on the way to `source` in which a guest can write, of this pod or of another:
     below it there may be symlinks of the guest's. None: there is no such folder."""
     writable = set()
@@ -140,7 +170,8 @@ def _guests_folder(source: Path) -> Path | None:
         parts = point.relative_to(SHARED_SANDBOXES).parts
         if parts[1:2] == ("mounts",) and (len(parts) == 3 or parts[3:] == ("rootfs",)):
             with contextlib.suppress(OSError):
-                if not os.statvfs(point).f_flag & os.ST_RDONLY:
+                # A file that the pod's containers share, /etc/hosts, leads nowhere.
+                if point.is_dir() and not os.statvfs(point).f_flag & os.ST_RDONLY:
                     writable.add(_identity(point))
     for folder in reversed((source, *source.parents)):
         try:

@@ -14,20 +14,21 @@ from typing import Any
 
 from virtcontainers.config import GUEST_SANDBOX_DIR, OCISpec
 from virtcontainers.errors import InvalidArgumentError
+from virtcontainers.volumes import is_empty_dir
 
-ShareFile = Callable[[Path, str, bool], str]
-"""(host source, destination, read-only) -> source in the guest."""
+GuestMount = Callable[[dict[str, Any]], dict[str, Any]]
+"""A bind mount of a path of the host's -> the guest's mount."""
 
 _DEFAULT_SHM_BYTES = 64 << 20
 
 
 def guest_spec(
-    spec: OCISpec, *, rootfs: str, share_file: ShareFile, shm_size_bytes: int, pass_seccomp: bool
+    spec: OCISpec, *, rootfs: str, guest_mount: GuestMount, shm_size_bytes: int, pass_seccomp: bool
 ) -> tuple[OCISpec, bool]:
     """Return the guest's spec and whether the container joins the sandbox's PID namespace.
 
-    `spec` is not modified. Raises InvalidArgumentError for a bind mount without source, and what `share_file`
-    raises.
+    `spec` is not modified. Raises InvalidArgumentError for a bind mount without source, and what
+    `guest_mount` raises.
     """
     guest = copy.deepcopy(spec)
     guest["root"] = {**guest.get("root", {}), "path": rootfs}
@@ -37,7 +38,7 @@ def guest_spec(
     if process:
         process.pop("apparmorProfile", None)
         process.pop("selinuxLabel", None)
-    guest["mounts"] = [_guest_mount(m, share_file, shm_size_bytes) for m in guest.get("mounts", [])]
+    guest["mounts"] = [_guest_mount(m, guest_mount, shm_size_bytes) for m in guest.get("mounts", [])]
     linux = guest.setdefault("linux", {})
     linux.pop("mountLabel", None)
     linux.pop("intelRdt", None)
@@ -83,21 +84,25 @@ def _constrain_namespaces(linux: dict[str, Any]) -> bool:
     return shared_pidns
 
 
-def _guest_mount(entry: dict[str, Any], share_file: ShareFile, shm_size_bytes: int) -> dict[str, Any]:
-    destination, options = entry["destination"], entry.get("options") or []
-    if destination == "/dev/shm":
-        return _shm(destination, shm_size_bytes)
-    if entry.get("type") != "bind" and not {"bind", "rbind"} & set(options):
+def _guest_mount(entry: dict[str, Any], guest_mount: GuestMount, shm_size_bytes: int) -> dict[str, Any]:
+    destination, source = entry["destination"], entry.get("source", "")
+    is_bind = entry.get("type") == "bind" or bool({"bind", "rbind"} & set(entry.get("options") or []))
+    if destination == "/dev/shm" and not (is_bind and is_empty_dir(source)):
+        return _shm(entry, shm_size_bytes, is_bind=is_bind)
+    if not is_bind:
         return entry
-    source = entry.get("source", "")
     if not source.startswith("/"):
         raise InvalidArgumentError(f"mount {destination}: source {source!r} of a bind mount must be absolute")
     if _is_system_path(source) or _is_host_device(Path(source)):
         return entry
-    return {**entry, "type": "bind", "source": share_file(Path(source), destination, "ro" in options)}
+    return guest_mount(entry)
 
 
-def _shm(destination: str, size_bytes: int) -> dict[str, Any]:
+def _shm(entry: dict[str, Any], size_bytes: int, *, is_bind: bool) -> dict[str, Any]:
+    """The sandbox's, also where every container has one of its own, as in Kata; unless its own has a size."""
+    if not is_bind and any(option.startswith("size=") for option in entry.get("options") or []):
+        return entry
+    destination = entry["destination"]
     if size_bytes:
         return {
             "destination": destination,

@@ -15,10 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from virtcontainers import syscalls
 from virtcontainers.config import Mount
 from virtcontainers.errors import KataError
+from virtcontainers.loop import loop_device
 
 # <sys/mount.h>
 MS_RDONLY = 1
@@ -174,6 +176,11 @@ def mount_all(mounts: Sequence[Mount], root: Path) -> None:
 
 
 def _mount_one(entry: Mount, root: Path) -> None:
+    if "loop" in entry.options:
+        options = tuple(option for option in entry.options if option != "loop")
+        with loop_device(Path(entry.source), readonly="ro" in options) as device:
+            _mount_one(replace(entry, source=str(device), options=options), root)
+        return
     flags, propagation, data = parse_options(entry.options)
     fstype = "" if flags & MS_BIND else entry.type
     with _target(root, entry.target, make=True) as target:
@@ -250,11 +257,12 @@ def bind_mount(
     *,
     readonly: bool = False,
     recursive: bool = False,
+    slave: bool = False,
     attributes: int = 0,
     beneath: Path | None = None,
 ) -> None:
     """Bind `source` on `target` (made as file or directory if absent). What is mounted below one of them
-    later does not come to the other.
+    later does not come to the other; with `slave` it does from a source that is shared, without `attributes`.
 
     Read-only and other `attributes` (MOUNT_ATTR_*) hold for all that is mounted in it, and from the
     beginning, so that its copies at other places have them, too. Somebody hostile may rename below
@@ -275,7 +283,7 @@ def bind_mount(
             place = stack.enter_context(syscalls.opened(target, os.O_PATH | os.O_NOFOLLOW))
             tree = stack.enter_context(syscalls.mount_tree(opened, recursive=recursive))
             # Before it has a place: where its parent has copies, it has some from then on, made as it is.
-            syscalls.set_attributes(tree, attributes, MS_PRIVATE)
+            syscalls.set_attributes(tree, attributes, MS_SLAVE if slave else MS_PRIVATE)
             syscalls.move_mount(tree, place)
         except OSError as error:
             raise KataError(f"bind mount {source} on {target}: {error.strerror}") from error
@@ -298,29 +306,45 @@ def make_mountpoint(target: Path, *, is_directory: bool) -> None:
         target.touch(mode=0o600, exist_ok=True)
 
 
+class MountInfo(NamedTuple):
+    """One line of proc_pid_mountinfo(5)."""
+
+    mount_point: Path
+    fstype: str
+    options: tuple[str, ...]
+    """Of the file system, not of this mount of it."""
+
+
 def mounts_below(path: Path) -> list[Path]:
     """Mount points at or below `path`, in the order they were mounted; one entry per mount."""
     prefix = str(path).rstrip("/")
-    return [p for p, _ in _mounts() if str(p) == prefix or str(p).startswith(prefix + "/")]
+    points = (entry.mount_point for entry in _mounts())
+    return [point for point in points if str(point) == prefix or str(point).startswith(prefix + "/")]
+
+
+def mounted_at(path: Path) -> MountInfo | None:
+    """What is mounted at `path`; None when nothing is."""
+    resolved = path.resolve()
+    # The last that was mounted there hides the others.
+    return ([None, *(entry for entry in _mounts() if entry.mount_point == resolved)])[-1]
 
 
 def mounted_type(path: Path) -> str:
     """The type of the file system that is mounted at `path`; "" when none is."""
-    resolved = path.resolve()
-    # The last that was mounted there hides the others.
-    return ([kind for mount_point, kind in _mounts() if mount_point == resolved] or [""])[-1]
+    found = mounted_at(path)
+    return found.fstype if found else ""
 
 
-def _mounts() -> Iterator[tuple[Path, str]]:
-    """Mount points and types."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        # proc_pid_mountinfo(5): field 5, with space, tab, newline and backslash as octal escapes.
+def _mounts() -> Iterator[MountInfo]:
+    # Split as the kernel joined it: a name may have whatever else str.split and str.splitlines split at.
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")[:-1]:
         left, _, right = line.partition(" - ")
         name = left.split(" ", 5)[4]
         if "\\" in name:
             for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
                 name = name.replace(code, char)
-        yield Path(name), right.split(" ", 1)[0]
+        fstype, _source, options = right.split(" ", 2)
+        yield MountInfo(Path(name), fstype, tuple(options.split(",")))
 
 
 def unmount_below(path: Path) -> None:

@@ -39,6 +39,11 @@ def sandbox_dir(sandbox_id: str) -> Path:
     return RUN_VC / "sbs" / sandbox_id
 
 
+def management_socket(sandbox_id: str) -> Path:
+    """Kata's shim management; it goes with all that is here."""
+    return sandbox_dir(sandbox_id) / "shim-monitor.sock"
+
+
 def store(state: SandboxState) -> None:
     """Write atomically: a reader sees the old state or the new one. Not synced: /run does not survive a
     power loss, and neither does what it describes."""

@@ -8,32 +8,37 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from virtcontainers import cleanup, persist
 from virtcontainers.agent import KataAgent
-from virtcontainers.config import RUN_VC, ContainerConfig, SandboxConfig, SharedFS
+from virtcontainers.config import GUEST_SHARED_DIR, RUN_VC, ContainerConfig, SandboxConfig
 from virtcontainers.container import Container, ContainerState
+from virtcontainers.device.disks import ContainerDisks, GuestVolume
+from virtcontainers.device.manager import DeviceManager
 from virtcontainers.device_cgroup import device_rules, sandbox_rules
 from virtcontainers.errors import (
     AlreadyExistsError,
     InvalidArgumentError,
     KataError,
+    NotFoundError,
     UnavailableError,
     UnimplementedError,
 )
 from virtcontainers.fs_share import FilesystemShare
-from virtcontainers.hypervisor.base import HypervisorError, QMPFailed, vm_dir
+from virtcontainers.hypervisor.base import Hypervisor, HypervisorError, QMPFailed, vm_dir
 from virtcontainers.hypervisor.process import find_processes
 from virtcontainers.network.child import open_namespace
 from virtcontainers.network.network import Network
 from virtcontainers.resource_control import PodCgroups, ResourceStats, parse_cpus, pin_thread
 from virtcontainers.resources import cpuset, wanted_memory_mib, wanted_vcpus
 from virtcontainers.vm import VM, VMConfig
+from virtcontainers.volumes import LOCAL
 
 if TYPE_CHECKING:
+    from agent_client.protocols import csi_pb2
     from virtcontainers.factory import Factory
     from virtcontainers.network.port_forward import PortForward
 
@@ -47,7 +52,7 @@ _FACTORYS = re.compile(r"template|(?:template|cache)-[0-9a-f]{12}")
 
 _RESOLV_CONF_LIMIT_BYTES = 64 << 10
 _DESTROY_TIMEOUT_S = 10.0
-_DEATH_TIMEOUT_S = 1.0
+_DEATH_TIMEOUT_S = 3.0
 _UNPLUG_TIMEOUT_S = 5.0
 
 Hook = Callable[["Sandbox"], Awaitable[None]]
@@ -64,14 +69,10 @@ async def create_sandbox(config: SandboxConfig, factory: Factory, *, prestart: H
         raise InvalidArgumentError(
             f"sandbox id {config.id!r}: found a name of the VM factory's in {RUN_VC / 'vm'}, expected another"
         )
-    if config.hypervisor.shared_fs is SharedFS.NONE:
-        raise InvalidArgumentError(
-            'shared_fs = "none" in [hypervisor.qemu]: a container\'s root reaches the guest through a share, '
-            'expected "virtio-fs" or "virtio-9p"'
-        )
     if persist.sandbox_dir(config.id).exists():
         raise AlreadyExistsError(f"sandbox {config.id} exists already: {persist.sandbox_dir(config.id)}")
     sandbox = Sandbox(config, factory)
+    ContainerDisks(config.container, config.hypervisor).require_root()
     try:
         await sandbox._start(prestart)
     except BaseException:
@@ -96,8 +97,13 @@ class Sandbox:
         self.config = config
         self.containers: dict[str, Container] = {}
         self.fs_share = FilesystemShare(config.id)
+        root = ContainerDisks(config.container, config.hypervisor).root
+        self.local_dir = f"{root or f'{GUEST_SHARED_DIR}{config.id}/rootfs'}/{LOCAL}"
+        """In the guest, on the disk of the first container's root, as in Kata: volumes of the pod's own."""
         self.is_dead = False
         """The machine or its agent is gone: nothing more is asked of them."""
+        self._death = ""
+        """Why it is dead, once that is known."""
         self._factory = factory
         self._vm: VM | None = None
         self._state = persist.SandboxState(id=config.id, shim_pid=os.getpid())
@@ -109,6 +115,9 @@ class Sandbox:
             spec.get("linux", {}).get("cgroupsPath") or "",
             sandbox_cgroup_only=config.sandbox_cgroup_only,
         )
+        self.devices = DeviceManager(config.id, self._allow_device)
+        self.is_ending = False
+        """The machine is about to be ended: nothing is unplugged any more."""
         self.network = Network(
             config.network, config.hypervisor, sandbox_id=config.id, on_planned=self._save_network
         )
@@ -118,12 +127,27 @@ class Sandbox:
         self._shared = asyncio.Event()
         """Set when the share is there for containers to be added."""
 
+    def _allow_device(self, path: Path) -> None:
+        self._cgroups.sandbox.update_devices(device_rules([path]))
+
+    @property
+    def hypervisor(self) -> Hypervisor:
+        """Raises UnavailableError when there is no machine."""
+        if self._vm is None:
+            raise UnavailableError(f"sandbox {self.id} has no machine")
+        return self._vm.hypervisor
+
     @property
     def hypervisor_pid(self) -> int:
         """QEMU's pid. Raises UnavailableError when there is no machine."""
+        return self.hypervisor.pid
+
+    @property
+    def memory_mib(self) -> int:
+        """What the machine has. Raises UnavailableError when there is none."""
         if self._vm is None:
             raise UnavailableError(f"sandbox {self.id} has no machine")
-        return self._vm.hypervisor.pid
+        return self._vm.hypervisor.memory_mib
 
     async def _start(self, prestart: Hook | None) -> None:
         config = self.config
@@ -150,6 +174,7 @@ class Sandbox:
             await asyncio.wait({machine, shared}, return_when=asyncio.FIRST_COMPLETED)
             shared.cancel()
             if self._shared.is_set():
+                self.fs_share.share_sandbox_bind_mounts(config.sandbox_bind_mounts)
                 container.share()
         except BaseException:
             machine.cancel()
@@ -201,9 +226,9 @@ class Sandbox:
             ),
             self._attach_network(),
         )
-        await self._forward_ports()
         await self.update_resources()
-        await container.create()
+        # While the guest is at work: no port is asked for before.
+        await asyncio.gather(container.create(), self._forward_ports())
 
     async def _attach_network(self) -> None:
         assert self._vm is not None
@@ -266,6 +291,8 @@ class Sandbox:
         """
         _check_id("container", config.id)
         self._require_alive()
+        if self.is_ending:
+            raise UnavailableError(f"container {config.id}: sandbox {self.id} is being ended")
         if config.id in self.containers:
             raise AlreadyExistsError(f"container {config.id} exists already in sandbox {self.id}")
         container = Container(self, config)
@@ -275,7 +302,8 @@ class Sandbox:
             self._cgroups.sandbox.update_devices(device_rules(_rootfs_sources(container)))
             container.share()
             await self.update_resources()
-            await container.create()
+            async with self._told_of_death():
+                await container.create()
         except BaseException:
             await asyncio.shield(self._roll_back(container))
             raise
@@ -288,10 +316,24 @@ class Sandbox:
             self.remove_container(container)
 
     def remove_container(self, container: Container) -> None:
-        """Take a container that is gone from the guest and the host off the list."""
+        """Take a container that is gone from the guest and the host off the list; the CPUs that it alone had
+        are the pod's no longer."""
         self.containers.pop(container.id, None)
         if not self._deleted:
             self.save()
+            self.release_cpus()
+
+    def release_cpus(self) -> None:
+        """After a container asks for others than before. What fails is logged: the pod keeps more then."""
+        if self._vm is None or self.is_ending or self.is_dead:
+            return
+        try:
+            self._control_cpus()
+        except KataError as error:
+            self._log.warning("the pod's CPUs on the host are not those of its containers: %s", error)
+
+    def _asked(self) -> list[dict[str, Any]]:
+        return [c.resources for c in self.containers.values() if c.state is not ContainerState.STOPPED]
 
     async def update_resources(self) -> None:
         """Fit the machine to what its containers ask for, after Kata's `updateResources`: in steps, and with
@@ -303,17 +345,35 @@ class Sandbox:
         """
         assert self._vm is not None
         async with self._resizing:
-            asked = [c.resources for c in self.containers.values() if c.state is not ContainerState.STOPPED]
             try:
                 if not self.config.static_resource_mgmt:
-                    await self._resize(asked)
+                    async with self._told_of_death():
+                        await self._resize(self._asked())
             except BaseException:
                 # Of a part of the way: what was plugged stays, and is the pod's.
                 with contextlib.suppress(KataError):
                     self._constrain()
                 raise
             self._constrain()
-            self._control_cpus(asked)
+            self._control_cpus()
+
+    @contextlib.asynccontextmanager
+    async def _told_of_death(self) -> AsyncIterator[None]:
+        """Who fails because the machine has died, or was ended because the pod was given up, says why."""
+        assert self._vm is not None
+        try:
+            yield
+        except KataError as error:
+            if isinstance(error, UnavailableError) and not self._death:
+                # The connection's end is seen before the death that caused it.
+                with contextlib.suppress(TimeoutError, HypervisorError):
+                    async with asyncio.timeout(_DEATH_TIMEOUT_S):
+                        self._death = await self._vm.hypervisor.wait_dead()
+            if self._death:
+                raise UnavailableError(f"sandbox {self.id} is dead: {self._death}") from error
+            if self.is_ending:
+                raise UnavailableError(f"sandbox {self.id} is being ended: {error}") from error
+            raise
 
     def _constrain(self) -> None:
         assert self._vm is not None
@@ -331,16 +391,19 @@ class Sandbox:
             await self._vm.add_cpus(vcpus)
         # Also what an earlier container has plugged and then not waited for.
         await self._vm.online_cpu_memory()
+        if memory_mib > 0:
+            for container in self.containers.values():
+                await container.size_tmpfs()
         if vcpus < 0:
             await hypervisor.hotunplug_vcpus(-vcpus, timeout_s=_UNPLUG_TIMEOUT_S)
         if memory_mib < 0 and defaults.enable_virtio_mem:
             await hypervisor.hotunplug_memory(-memory_mib, timeout_s=_UNPLUG_TIMEOUT_S)
 
-    def _control_cpus(self, asked: list[dict[str, Any]]) -> None:
+    def _control_cpus(self) -> None:
         """Hold the machine to the pod's CPUs on the host."""
         assert self._vm is not None
         threads = self._vm.hypervisor.get_thread_ids()
-        cpus, mems = cpuset(asked)
+        cpus, mems = cpuset(self._asked())
         self._cgroups.sandbox.update_cpuset(cpus, mems)
         if not self.config.enable_vcpus_pinning:
             return
@@ -360,7 +423,8 @@ class Sandbox:
 
     def _require_alive(self) -> None:
         if self.is_dead or self._vm is None:
-            raise UnavailableError(f"sandbox {self.id}: its machine is gone")
+            why = f": {self._death}" if self._death else ""
+            raise UnavailableError(f"sandbox {self.id}: its machine is gone{why}")
 
     async def monitor(self) -> str:
         """Return when the machine or its agent has died, with a sentence that says why; await it once.
@@ -369,17 +433,18 @@ class Sandbox:
         """
         self._require_alive()
         assert self._vm is not None
-        watches = {
-            asyncio.create_task(self._vm.hypervisor.wait_dead()),
-            asyncio.create_task(self._watch_agent()),
-        }
+        death = asyncio.create_task(self._vm.hypervisor.wait_dead())
+        silence = asyncio.create_task(self._watch_agent())
         try:
-            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
-            reason = done.pop().result()
+            await asyncio.wait({death, silence}, return_when=asyncio.FIRST_COMPLETED)
+            if not death.done():
+                # The connection's end is seen before the death that caused it.
+                await asyncio.wait({death}, timeout=_DEATH_TIMEOUT_S)
+            reason = death.result() if death.done() else silence.result()
         finally:
-            for watch in watches:
+            for watch in (death, silence):
                 watch.cancel()
-        self.is_dead = True
+        self.is_dead, self._death = True, reason
         self._log.error("the pod is dead: %s", reason)
         await self._stop_forwarding()
         await self.network.close()
@@ -393,6 +458,27 @@ class Sandbox:
                 await self.agent.check()
             except KataError as error:
                 return str(error)
+
+    def _guest_volume(self, device: str) -> GuestVolume:
+        for container in self.containers.values():
+            if (found := container.disks.guest_volumes.get(device)) is not None:
+                return found
+        raise NotFoundError(f"sandbox {self.id} has no volume that is block device {device}")
+
+    async def guest_volume_stats(self, device: str) -> csi_pb2.VolumeStatsResponse:
+        """Of the file system on a direct volume; `device` is its mount info's. Raises KataError's classes."""
+        return await self.agent.get_volume_stats(self._guest_volume(device).mount_point)
+
+    async def resize_guest_volume(self, device: str, size_bytes: int) -> None:
+        """Fit the machine's disk, and the file system on it, to a device that has grown to `size_bytes`; an
+        image file grows with it. Raises KataError's classes."""
+        volume = self._guest_volume(device)
+        if volume.device.plugged is not None:
+            try:
+                await self.hypervisor.resize_block(volume.device.plugged, size_bytes)
+            except InvalidArgumentError as error:
+                raise InvalidArgumentError(f"volume on {device}: {error}") from error
+        await self.agent.resize_volume(volume.mount_point, size_bytes)
 
     async def wait_oom(self) -> str:
         """The id of the next container in which the guest's kernel killed for memory. Waits for ever on an
@@ -408,6 +494,7 @@ class Sandbox:
 
         What the guest refuses, or is too late with, is logged: the machine is ended all the same.
         """
+        self.is_ending = True
         if self._vm is None:
             return
         if not self.is_dead:
@@ -447,7 +534,7 @@ class Sandbox:
     def save(self) -> None:
         """Persist what `virtcontainers.cleanup` would need."""
         self._state.rootfs = {
-            c.id: str(c.config.rootfs.target) for c in self.containers.values() if c.config.rootfs.mounts
+            c.id: str(c.config.rootfs.target) for c in self.containers.values() if c.is_root_mounted
         }
         persist.store(self._state)
 

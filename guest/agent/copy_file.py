@@ -11,6 +11,9 @@ from ttrpc import Code, StatusError
 
 SHARED_DIRECTORY = "/run/kata-containers/shared/containers"
 
+_copied = False
+"""Whether anything was, ever: where files are shared there is nothing to remove."""
+
 
 def copy_file(request: agent_pb2.CopyFileRequest, root: str = SHARED_DIRECTORY) -> None:
     """Write one piece of a file, or make a directory or a symbolic link, below `root` and nowhere else.
@@ -21,6 +24,8 @@ def copy_file(request: agent_pb2.CopyFileRequest, root: str = SHARED_DIRECTORY) 
     parts = path.removeprefix(root + "/").split("/")
     if not path.startswith(root + "/") or any(part in ("", ".", "..") for part in parts):
         raise StatusError(Code.INVALID_ARGUMENT, f"{path!r} is no canonical path below {root}")
+    global _copied
+    _copied = True
     os.makedirs(root, exist_ok=True)
     *parents, name = parts
     directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -60,9 +65,13 @@ def _place(directory: int, name: str, request: agent_pb2.CopyFileRequest) -> Non
             os.close(fd)
         return
     if kind == stat.S_IFLNK:
-        _remove(directory, name)
-        os.symlink(os.fsdecode(request.data), name, dir_fd=directory)
-        os.chown(name, request.uid, request.gid, dir_fd=directory, follow_symlinks=False)
+        partial = f"{name}.tmp"
+        _remove(directory, partial)
+        os.symlink(os.fsdecode(request.data), partial, dir_fd=directory)
+        os.chown(partial, request.uid, request.gid, dir_fd=directory, follow_symlinks=False)
+        # A link that is changed is never missing: kubelet's `..data` is what all others lead through.
+        _remove(directory, name, files=False)
+        os.rename(partial, name, src_dir_fd=directory, dst_dir_fd=directory)
         return
     partial = f"{name}.tmp"
     if request.offset == 0:
@@ -80,18 +89,36 @@ def _place(directory: int, name: str, request: agent_pb2.CopyFileRequest) -> Non
         os.fchmod(fd, mode)
     finally:
         os.close(fd)
-    _remove(directory, name)
+    _remove(directory, name, files=False)
     os.rename(partial, name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
-def _remove(directory: int, name: str, *, directories: bool = True) -> None:
+def remove_copies(container_id: str, root: str = SHARED_DIRECTORY) -> None:
+    """What was copied for a container, under Kata's names for that, if anything was."""
+    global _copied
+    if not _copied:
+        return
+    import re
+
+    ours = re.compile(re.escape(container_id) + r"-[0-9a-f]{16}-")
+    directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in os.listdir(directory):
+            if ours.match(name):
+                _remove(directory, name)
+    finally:
+        os.close(directory)
+
+
+def _remove(directory: int, name: str, *, directories: bool = True, files: bool = True) -> None:
     """What has the name, if anything has; with `directories` also a whole tree."""
     try:
         kind = os.lstat(name, dir_fd=directory).st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISDIR(kind):
-        os.unlink(name, dir_fd=directory)
+        if files:
+            os.unlink(name, dir_fd=directory)
     elif directories:
         import shutil
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import os
 import stat
 from collections.abc import Callable
@@ -11,7 +13,9 @@ from typing import Any
 from agent_client.protocols import agent_pb2
 from ttrpc import Code, StatusError
 
-_TIMEOUT_S = 10.0
+log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 30.0
 _POLL_S = 0.02
 _PCI_ROOT = "/sys/devices/pci0000:00"
 _SCSI_HOSTS = "/sys/class/scsi_host"
@@ -52,6 +56,15 @@ def _scsi_block_device(address: str) -> str | None:
     return f"/dev/{names[0]}" if names else None
 
 
+def _opens(path: str) -> bool:
+    """A disk has its node a moment before it is one."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV)
+    return True
+
+
 async def _appear(what: str, find: Callable[[], str | None]) -> str:
     deadline = asyncio.get_running_loop().time() + _TIMEOUT_S
     while True:
@@ -59,21 +72,45 @@ async def _appear(what: str, find: Callable[[], str | None]) -> str:
             path = find()
         except FileNotFoundError:
             path = None
-        if path and os.path.exists(path):
+        if path and _opens(path):
             return path
         if asyncio.get_running_loop().time() > deadline:
             raise StatusError(Code.DEADLINE_EXCEEDED, f"no block device at {what} after {_TIMEOUT_S:g} s")
         await asyncio.sleep(_POLL_S)
 
 
+def _load_modules(driver: str) -> None:
+    """Only now: most machines never have a disk."""
+    from guest.agent.modules import load_module
+
+    modules: dict[str, tuple[str, ...]] = {}
+    if driver == DRIVER_BLK:
+        modules = {"virtio_blk": ()}
+    elif driver == DRIVER_SCSI:
+        # Of a new controller Linux would ask for every disk that there might be; we know which one there is.
+        modules = {"scsi_mod": ("scan=none",), "virtio_scsi": (), "sd_mod": ()}
+    for module, parameters in modules.items():
+        try:
+            load_module(module, parameters)
+        except OSError as error:
+            # A kernel of another image may have it built in; else the disk does not appear, which is told.
+            log.warning("module %s: %s", module, error)
+
+
 async def block_device(driver: str, address: str) -> str:
     """Wait for the device and return its path in /dev."""
+    _load_modules(driver)
     if driver == DRIVER_SCSI:
         target, _, lun = address.partition(":")
-        for host in os.listdir(_SCSI_HOSTS):
-            with open(f"{_SCSI_HOSTS}/{host}/scan", "w") as file:
-                file.write(f"0 {target} {lun}")
-        return await _appear(f"SCSI address {address}", lambda: _scsi_block_device(address))
+
+        def scan() -> str | None:
+            # The controller may be as new as the disk, and then comes a moment later.
+            for host in os.listdir(_SCSI_HOSTS):
+                with open(f"{_SCSI_HOSTS}/{host}/scan", "w") as file:
+                    file.write(f"0 {target} {lun}")
+            return _scsi_block_device(address)
+
+        return await _appear(f"SCSI address {address}", scan)
     if driver == DRIVER_BLK and not address.startswith("/dev/"):
         return await _appear(f"PCI path {address}", lambda: _block_device_below(pci_sysfs_path(address)))
     return await _appear(address, lambda: address)

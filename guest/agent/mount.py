@@ -112,10 +112,14 @@ def mount(source: str, target: str, fstype: str, options: Iterable[str] = ()) ->
 def mounts() -> list[tuple[str, str, str]]:
     """(mount point, root within the file system, fstype) of every mount, oldest first."""
     result = []
-    with open("/proc/self/mountinfo") as file:
+    with open("/proc/self/mountinfo", "rb") as file:
         for line in file:
-            fields = line.split()
-            point = fields[4].encode().decode("unicode_escape") if "\\" in fields[4] else fields[4]
+            # Names are bytes, with octal escapes for what would end them.
+            fields = os.fsdecode(line.rstrip(b"\n")).split(" ")
+            point = fields[4]
+            if "\\" in point:
+                for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+                    point = point.replace(code, char)
             result.append((point, fields[3], fields[fields.index("-", 6) + 1]))
     return result
 

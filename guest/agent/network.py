@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,8 @@ from guest.agent import netlink
 from guest.agent.device import pci_sysfs_path
 from guest.agent.netlink import Address, Link, NetlinkError, Route, Rtnl
 from ttrpc import Code, StatusError
+
+log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 10.0
 _POLL_S = 0.02
@@ -43,6 +46,20 @@ def _unless(number: int) -> Iterator[None]:
 
 def _invalid(what: str) -> StatusError:
     return StatusError(Code.INVALID_ARGUMENT, what)
+
+
+def _is_left_out(family: int, what: str) -> bool:
+    """As with Kata's agent: on a kernel that was told to have no IPv6 (ipv6.disable=1) a pod has none."""
+    if family != socket.AF_INET6 or os.path.exists(_IPV6_SETTINGS):
+        return False
+    from guest.agent.modules import load_module
+
+    with contextlib.suppress(OSError):
+        load_module("ipv6")
+    if os.path.exists(_IPV6_SETTINGS):
+        return False
+    log.warning("this kernel has no IPv6: without %s", what)
+    return True
 
 
 # What the host says, in the kernel's terms
@@ -180,7 +197,11 @@ async def update_interface(interface: types_pb2.Interface) -> None:
     if not interface.devicePath and not interface.hwAddr:
         raise _invalid(f"{what}: expected a devicePath or a hwAddr to find it by")
     mac = _mac(interface.hwAddr, what) if interface.hwAddr else b""
-    addresses = [_address(message, what) for message in interface.IPAddresses]
+    addresses = [
+        address
+        for address in (_address(message, what) for message in interface.IPAddresses)
+        if not _is_left_out(address.family, f"{what}: address {address}")
+    ]
     with _naming(what), Rtnl() as rtnl:
         link = await _appear(rtnl, interface)
         # From here on nothing is awaited: another call finds this one done.
@@ -320,7 +341,9 @@ def update_routes(routes: Iterable[types_pb2.Route]) -> None:
         wanted: dict[Route, str] = {}
         for message in routes:
             what = describe(message)
-            wanted[route_of(message, _index(indexes, message.device, what))] = what
+            route = route_of(message, _index(indexes, message.device, what))
+            if not _is_left_out(route.family, what):
+                wanted[route] = what
         there = {
             route: protocol
             for protocol, route in rtnl.routes()
@@ -387,5 +410,7 @@ def add_arp_neighbors(neighbors: Iterable[types_pb2.ARPNeighbor]) -> None:
                 message.state & 0xFFFF or netlink.NUD_PERMANENT,
                 message.flags & 0xFF,
             )
+            if _is_left_out(family, what):
+                continue
             with _naming(what):
                 rtnl.change(netlink.RTM_NEWNEIGH, content, netlink.NLM_F_CREATE | netlink.NLM_F_REPLACE)

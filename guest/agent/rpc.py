@@ -154,6 +154,12 @@ class AgentService:
             volume_condition=csi_pb2.VolumeCondition(abnormal=False, message="OK"),
         )
 
+    async def resize_volume(self, request: agent_pb2.ResizeVolumeRequest, context: object) -> Empty:
+        from guest.agent.resize import grow
+
+        await grow(request.volume_guest_path, request.size)
+        return Empty()
+
     async def add_swap_path(self, request: agent_pb2.AddSwapPathRequest, context: object) -> Empty:
         from guest.agent import linux
 
@@ -195,6 +201,22 @@ class AgentService:
 
         network.add_arp_neighbors(request.neighbors.ARPNeighbors)
         return Empty()
+
+    async def get_ip_tables(
+        self, request: agent_pb2.GetIPTablesRequest, context: object
+    ) -> agent_pb2.GetIPTablesResponse:
+        from guest.agent.iptables import get_rules
+
+        rules = await get_rules(self._sandbox.reaper, ipv6=request.is_ipv6)
+        return agent_pb2.GetIPTablesResponse(data=rules)
+
+    async def set_ip_tables(
+        self, request: agent_pb2.SetIPTablesRequest, context: object
+    ) -> agent_pb2.SetIPTablesResponse:
+        from guest.agent.iptables import set_rules
+
+        said = await _whole(set_rules(self._sandbox.reaper, request.data, ipv6=request.is_ipv6))
+        return agent_pb2.SetIPTablesResponse(data=said)
 
     # Containers
 

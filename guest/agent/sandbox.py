@@ -12,14 +12,14 @@ import socket
 from typing import Any
 
 from agent_client.protocols import agent_pb2, oci_json
-from guest.agent import linux
+from guest.agent import copy_file, linux
 from guest.agent.cgroup import CGROUP_PARENT, Cgroup, OOMWatcher
 from guest.agent.container import Container, Crun
 from guest.agent.device import add_devices
 from guest.agent.mount import mounts
 from guest.agent.reaper import Reaper
 from guest.agent.spec import GuestNamespaces, find_hooks, guest_spec
-from guest.agent.storage import Storages
+from guest.agent.storage import Storages, disks
 from ttrpc import Code, StatusError
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 RUN_DIRECTORY = "/run/kata-agent"
 _OOM_EVENTS_KEPT = 100
 _PAUSE_COMMAND = ("/bin/busybox", "sleep", "2147483647")
+_KILL_AGAIN_S = 0.05
 
 
 class Sandbox:
@@ -39,12 +40,13 @@ class Sandbox:
         self._storages = Storages()
         self._container_mounts: dict[str, list[str]] = {}
         self._crun = Crun(reaper, RUN_DIRECTORY)
-        self._reaper = reaper
+        self.reaper = reaper
         self._hooks: dict[str, list[dict[str, Any]]] = {}
         self._wants_pause = False
         self._pause_pid = 0
         self._shared_pid_namespace: str | None = None
-        self._creating: set[str] = set()
+        self._creating: dict[str, asyncio.Event] = {}
+        """Set when it has ended, in one way or the other."""
         self._oom = OOMWatcher(self._add_oom_event)
         self._oom_events: collections.deque[str] = collections.deque(maxlen=_OOM_EVENTS_KEPT)
         self._oom_added = asyncio.Event()
@@ -103,11 +105,12 @@ class Sandbox:
             raise StatusError(Code.INVALID_ARGUMENT, f"{container_id!r} is no container id")
         if container_id in self.containers or container_id in self._creating:
             raise StatusError(Code.ALREADY_EXISTS, f"container {container_id} exists already")
-        self._creating.add(container_id)
+        ended = self._creating[container_id] = asyncio.Event()
         try:
             await self._create_container(request)
         finally:
-            self._creating.discard(container_id)
+            del self._creating[container_id]
+            ended.set()
 
     async def _create_container(self, request: agent_pb2.CreateContainerRequest) -> None:
         container_id = request.container_id
@@ -119,30 +122,31 @@ class Sandbox:
             self._crun,
             container_id,
             bundle=bundle,
-            cgroup=Cgroup(f"{self._cgroup_root.rstrip('/')}{cgroup_path}"),
+            cgroup=self._cgroup(container_id),
             owns_pid_namespace=pid_namespace is None,
         )
         await add_devices(list(request.devices), spec)
-        try:
-            prepared = guest_spec(
-                spec,
-                cgroup_path=cgroup_path,
-                namespaces=GuestNamespaces(
-                    network=f"/proc/{os.getpid()}/ns/net",
-                    ipc=f"/proc/{os.getpid()}/ns/ipc",
-                    uts=f"/proc/{os.getpid()}/ns/uts",
-                    pid=pid_namespace,
-                ),
-                hooks=self._hooks,
-            )
-        except ValueError as error:
-            raise StatusError(Code.INVALID_ARGUMENT, str(error)) from error
         storages: list[str] = []
         try:
             storages = await self._storages.add(request.storages, bundle)
+            try:
+                prepared = guest_spec(
+                    spec,
+                    cgroup_path=cgroup_path,
+                    namespaces=GuestNamespaces(
+                        network=f"/proc/{os.getpid()}/ns/net",
+                        ipc=f"/proc/{os.getpid()}/ns/ipc",
+                        uts=f"/proc/{os.getpid()}/ns/uts",
+                        pid=pid_namespace,
+                    ),
+                    hooks=self._hooks,
+                    disks=disks(request.storages),
+                )
+            except ValueError as error:
+                raise StatusError(Code.INVALID_ARGUMENT, str(error)) from error
             await container.create(prepared)
         except BaseException:
-            self._storages.release(storages)
+            self._storages.release(storages, bundle)
             container.remove_files()
             raise
         if not self.containers and self._shared_pid_namespace is None:
@@ -152,12 +156,24 @@ class Sandbox:
         self._container_mounts[container_id] = storages
         self._oom.add(container_id, container.cgroup)
 
+    def _cgroup(self, container_id: str) -> Cgroup:
+        return Cgroup(f"{self._cgroup_root.rstrip('/')}{CGROUP_PARENT}/{container_id}")
+
     async def remove_container(self, container_id: str) -> None:
+        """Also one whose creation is under way, for which the host has no more patience: it is cut short.
+
+        Raises StatusError (NOT_FOUND) when there is none, then.
+        """
+        while (ended := self._creating.get(container_id)) is not None:
+            self._cgroup(container_id).signal(signal.SIGKILL)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), _KILL_AGAIN_S)
         container = self.container(container_id)
         await container.stop()
         self._oom.remove(container_id)
-        self._storages.release(self._container_mounts.pop(container_id, []))
+        self._storages.release(self._container_mounts.pop(container_id, []), container.bundle)
         container.remove_files()
+        copy_file.remove_copies(container_id)
         if self._shared_pid_namespace == f"/proc/{container.init.pid}/ns/pid":
             # It ended with its first process, whose pid may come to mean another.
             self._shared_pid_namespace = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +31,12 @@ def guest_spec(
     cgroup_path: str,
     namespaces: GuestNamespaces,
     hooks: dict[str, list[dict[str, Any]]] | None = None,
+    disks: Iterable[os.stat_result] = (),
 ) -> Spec:
     """Return what crun is to run; `spec` is not modified.
 
-    Paths in it of namespaces and of the cgroup are the host's and are replaced. Raises ValueError for a spec
+    Paths in it of namespaces and of the cgroup are the host's and are replaced. `disks` are device nodes that
+    its mounts bring, and that it may open. Raises ValueError for a spec
     without process or root.
     """
     for key in ("process", "root"):
@@ -48,7 +51,7 @@ def guest_spec(
     linux = {k: v for k, v in spec.get("linux", {}).items() if k not in ("mountLabel", "intelRdt")}
     linux["cgroupsPath"] = cgroup_path
     linux["namespaces"] = _namespaces(linux.get("namespaces") or [], namespaces)
-    linux["resources"] = {**linux.get("resources", {}), "devices": _device_rules(linux)}
+    linux["resources"] = {**linux.get("resources", {}), "devices": _device_rules(linux, disks)}
     guest["linux"] = linux
     if hooks:
         own = spec.get("hooks") or {}
@@ -57,7 +60,7 @@ def guest_spec(
     return guest
 
 
-def _device_rules(linux: dict[str, Any]) -> list[dict[str, Any]]:
+def _device_rules(linux: dict[str, Any], disks: Iterable[os.stat_result]) -> list[dict[str, Any]]:
     """What the container may open: its own devices, what crun adds (null, zero, terminals...), and tun, as
     with Kata's agent. Everything only where the host's spec says so: CAP_MKNOD is an ordinary capability."""
     rules = (linux.get("resources") or {}).get("devices") or []
@@ -67,6 +70,16 @@ def _device_rules(linux: dict[str, Any]) -> list[dict[str, Any]]:
         {"allow": True, "type": kind, "major": entry["major"], "minor": entry["minor"], "access": "rwm"}
         for entry in linux.get("devices") or []
         if (kind := "c" if entry["type"] == "u" else entry["type"]) in ("b", "c")
+    ]
+    own += [
+        {
+            "allow": True,
+            "type": "b",
+            "major": os.major(disk.st_rdev),
+            "minor": os.minor(disk.st_rdev),
+            "access": "rwm",
+        }
+        for disk in disks
     ]
     return [_DENY_ALL_DEVICES, _TUN, *own]
 

@@ -9,11 +9,15 @@ import logging
 import os
 import stat
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from agent_client.protocols import agent_pb2, types_pb2
 from guest.agent import device, linux
 from guest.agent.mount import is_mounted, mount, mounts
 from ttrpc import Code, StatusError
+
+if TYPE_CHECKING:
+    from guest.agent.watcher import Watcher
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +29,14 @@ _VIRTIO_FS_TIMEOUT_S = 10.0
 _VIRTIO_FS_POLL_S = 0.01
 _VIRTIO_FS_DRIVER = "/sys/bus/virtio/drivers/virtiofs"
 
+_DISKS = (device.DRIVER_BLK, device.DRIVER_BLK_MMIO, device.DRIVER_SCSI)
 _MOUNTING = ("9p", "virtio-fs", "overlayfs", "bind")
 HANDLERS = (
     *_MOUNTING,
     "ephemeral",
     "local",
-    device.DRIVER_BLK,
-    device.DRIVER_BLK_MMIO,
-    device.DRIVER_SCSI,
+    "watchable-bind",
+    *_DISKS,
 )
 
 
@@ -48,6 +52,9 @@ class Storages:
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
+        self._watcher: Watcher | None = None
+        self._huge_pages: dict[str | None, dict[int, int]] = {}
+        """Bundle -> size -> how many pages are set aside for it."""
 
     async def add(self, storages: Iterable[agent_pb2.Storage], bundle: str | None) -> list[str]:
         """Mount, in order, and return the mount points to `release`. On failure none of them stays.
@@ -57,6 +64,8 @@ class Storages:
         added: list[str] = []
         try:
             for storage in storages:
+                if storage.fstype == "hugetlbfs":
+                    self._set_huge_pages_aside(storage, bundle)
                 entry = self._entries.get(storage.mount_point)
                 if entry is not None:
                     entry.users += 1
@@ -66,12 +75,16 @@ class Storages:
                 added.append(storage.mount_point)
                 entry.mounted = await self._mount(storage, bundle)
         except BaseException:
-            self.release(added)
+            self.release(added, bundle)
             raise
         return added
 
-    def release(self, mount_points: Iterable[str]) -> None:
+    def release(self, mount_points: Iterable[str], bundle: str | None) -> None:
         """Unmount those nobody else uses, the last first; errors are logged."""
+        for size in self._huge_pages.pop(bundle, {}):
+            # What a file of the pod is still in stays until it goes.
+            with contextlib.suppress(OSError):
+                self._fit_huge_pages(size)
         for point in reversed(list(mount_points)):
             entry = self._entries[point]
             entry.users -= 1
@@ -89,6 +102,8 @@ class Storages:
 
     def _unmount(self, point: str) -> None:
         entry = self._entries.pop(point)
+        if self._watcher is not None:
+            self._watcher.remove(point)
         if not entry.mounted:
             return
         try:
@@ -98,7 +113,7 @@ class Storages:
             with contextlib.suppress(OSError):
                 linux.umount(point, linux.MNT_DETACH)
         with contextlib.suppress(OSError):
-            os.rmdir(point)
+            (os.rmdir if os.path.isdir(point) else os.unlink)(point)
 
     async def _mount(self, storage: agent_pb2.Storage, bundle: str | None) -> bool:
         """Whether something was mounted that has to be unmounted."""
@@ -106,16 +121,19 @@ class Storages:
         if storage.driver == "local":
             _make_local(storage.mount_point, options)
             return False
+        if storage.driver == "watchable-bind":
+            return self._watch(storage)
         if storage.driver == "ephemeral":
             if fstype == "hugetlbfs":
-                _allocate_huge_pages(options)
+                # Their number is limited already, and grows with every container that comes.
+                options = [f"pagesize={_huge_pages(options)[0]}"]
             group = _option(options, _FS_GID)
             options = [option for option in options if not option.startswith(f"{_FS_GID}=")]
             mount(source, storage.mount_point, fstype, options)
             if group is not None:
                 _give_to_group(storage.mount_point, int(group))
             return True
-        if storage.driver in (device.DRIVER_BLK, device.DRIVER_BLK_MMIO, device.DRIVER_SCSI):
+        if storage.driver in _DISKS:
             source = await device.block_device(storage.driver, source)
         elif storage.driver == "overlayfs":
             fstype = "overlay"
@@ -142,6 +160,40 @@ class Storages:
             _set_ownership(storage)
         return True
 
+    def _watch(self, storage: agent_pb2.Storage) -> bool:
+        from guest.agent.watcher import Watcher, small_enough
+
+        directory = os.path.dirname(storage.mount_point)
+        if directory not in self._entries:
+            mount("tmpfs", directory, "tmpfs", ["nosuid", "nodev", "mode=0755"])
+            self._entries[directory] = entry = _Entry(shared=True)
+            entry.mounted = True
+        if not small_enough(storage.source):
+            mount(storage.source, storage.mount_point, "bind", [])
+            return True
+        if self._watcher is None:
+            self._watcher = Watcher()
+        self._watcher.add(storage.source, storage.mount_point)
+        return False
+
+    def _set_huge_pages_aside(self, storage: agent_pb2.Storage, bundle: str | None) -> None:
+        size, count = _huge_pages(storage.options)
+        self._huge_pages.setdefault(bundle, {})[size] = count
+        got, wanted = self._fit_huge_pages(size)
+        if got < wanted:
+            raise StatusError(
+                Code.RESOURCE_EXHAUSTED, f"{got} of {wanted} huge pages of {size} bytes are free"
+            )
+
+    def _fit_huge_pages(self, size: int) -> tuple[int, int]:
+        """How many there are, and how many there should be."""
+        wanted = sum(pages.get(size, 0) for pages in self._huge_pages.values())
+        path = f"/sys/kernel/mm/hugepages/hugepages-{size // 1024}kB/nr_hugepages"
+        with open(path, "w") as file:
+            file.write(str(wanted))
+        with open(path) as file:
+            return int(file.read()), wanted
+
     @staticmethod
     def _overlay_options(storage: agent_pb2.Storage, bundle: str | None) -> list[str]:
         for option in storage.driver_options:
@@ -157,6 +209,15 @@ class Storages:
         for path in directories.values():
             os.makedirs(path, exist_ok=True)
         return [f"{name}dir={path}" for name, path in directories.items()]
+
+
+def disks(storages: Iterable[agent_pb2.Storage]) -> list[os.stat_result]:
+    """The device nodes among what is mounted: disks that a container is given as they are."""
+    return [
+        os.stat(storage.mount_point)
+        for storage in storages
+        if storage.driver in _DISKS and storage.fstype == "bind"
+    ]
 
 
 async def _mount_virtio_fs(tag: str, mount_point: str, options: list[str]) -> None:
@@ -194,7 +255,8 @@ def remount_ephemeral(storages: Iterable[agent_pb2.Storage]) -> None:
     """Give mounted tmpfs new options, above all a new size."""
     for storage in storages:
         if storage.driver == "ephemeral" and is_mounted(storage.mount_point):
-            mount(storage.source, storage.mount_point, storage.fstype, [*storage.options, "remount"])
+            options = [option for option in storage.options if not option.startswith(f"{_FS_GID}=")]
+            mount(storage.source, storage.mount_point, storage.fstype, [*options, "remount"])
 
 
 def refresh_shares() -> None:
@@ -228,22 +290,13 @@ def _give_to_group(path: str, group: int) -> None:
     os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | stat.S_ISGID)
 
 
-def _allocate_huge_pages(options: list[str]) -> None:
-    """Options as Kata sends them: "pagesize=2097152,size=524288000", in bytes."""
+def _huge_pages(options: Iterable[str]) -> tuple[int, int]:
+    """Size and number. Options as Kata sends them: "pagesize=2097152,size=524288000", in bytes."""
     flat = [part for option in options for part in option.split(",")]
     page_size, size = _option(flat, "pagesize"), _option(flat, "size")
     if not page_size or not size:
-        raise StatusError(Code.INVALID_ARGUMENT, f"hugetlbfs needs pagesize= and size=, found {options}")
-    count = int(size) // int(page_size)
-    path = f"/sys/kernel/mm/hugepages/hugepages-{int(page_size) // 1024}kB/nr_hugepages"
-    with open(path, "w") as file:
-        file.write(str(count))
-    with open(path) as file:
-        got = int(file.read())
-    if got != count:
-        raise StatusError(
-            Code.RESOURCE_EXHAUSTED, f"{got} of {count} huge pages of {page_size} bytes are free"
-        )
+        raise StatusError(Code.INVALID_ARGUMENT, f"hugetlbfs needs pagesize= and size=, found {flat}")
+    return int(page_size), int(size) // int(page_size)
 
 
 def _set_ownership(storage: agent_pb2.Storage) -> None:

@@ -31,6 +31,7 @@ _KERNELS = ("linux-image-amd64", "linux-image-generic")
 _ROOTS = (
     "busybox-static",
     "crun",
+    "iptables",
     "libc6",
     "libgcc-s1",
     "libpython3-stdlib",
@@ -44,6 +45,13 @@ LIBRARIES = "/usr/lib/x86_64-linux-gnu"
 _LIBRARY_DIRECTORIES = ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu")
 # The C library opens it by name when a thread is cancelled; no NEEDED entry says so.
 _OPENED_LIBRARIES = ("libgcc_s.so.1",)
+
+# What rules can be told in: what the image has modules for, and what needs none.
+_IPTABLES_EXTENSIONS = re.compile(
+    r"libxt_(addrtype|comment|connmark|CONNMARK|conntrack|DNAT|limit|LOG|mark|MARK|MASQUERADE|multiport|NAT|owner"
+    r"|REDIRECT|SNAT|standard|state|statistic|tcp|udp)\.so|libipt_(icmp|REJECT)\.so|libip6t_(icmp6|REJECT)\.so"
+)
+_IPTABLES = ("iptables", "iptables-save", "iptables-restore")
 
 BUNDLE = "/usr/lib/kata-py/bundle"
 IMPORTER = "kata_importer"
@@ -173,6 +181,9 @@ def build(packages: Sequence[apt.Package], store: Path, work: Path, progress: Pr
             "/usr/bin/busybox": tree.one("bin/busybox", "usr/bin/busybox"),
             f"{library}/google/_upb/_message.abi3.so": message,
         }
+        iptables, links = iptables_files(tree)
+        programs |= iptables
+        entries += links
         programs |= {f"{library}/lib-dynload/{path.name}": path for path in python.extension_modules(stdlib)}
         entries += program_entries(programs, tree.libraries)
 
@@ -223,6 +234,27 @@ def module_entries(
     yield cpio.file(
         "/etc/kata-py/modules", "".join(f"/lib/modules/{release}/{one.path}\n" for one in boot).encode()
     )
+
+
+def iptables_files(tree: Unpacked) -> tuple[dict[str, Path], list[cpio.Entry]]:
+    """The program, with nf_tables behind it, and its extensions; and the links to both.
+
+    The kernel's part is loaded when it is first used.
+    """
+    files = {"/usr/sbin/xtables-nft-multi": tree.one("usr/sbin/xtables-nft-multi", "sbin/xtables-nft-multi")}
+    links = [
+        cpio.symlink(f"/usr/sbin/{name}", "xtables-nft-multi")
+        for name in (*_IPTABLES, *(name.replace("ip", "ip6", 1) for name in _IPTABLES))
+    ]
+    directory = tree.one(*(f"{name}/xtables" for name in _LIBRARY_DIRECTORIES))
+    for path in sorted(directory.iterdir()):
+        if not _IPTABLES_EXTENSIONS.fullmatch(path.name):
+            continue
+        if path.is_symlink():
+            links.append(cpio.symlink(f"{LIBRARIES}/xtables/{path.name}", str(path.readlink())))
+        else:
+            files[f"{LIBRARIES}/xtables/{path.name}"] = path
+    return files, links
 
 
 def program_entries(programs: dict[str, Path], libraries: Sequence[Path]) -> list[cpio.Entry]:

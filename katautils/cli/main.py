@@ -30,6 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return check(options.config)
         if options.command == "factory":
             return _factory(options)
+        if options.command == "iptables":
+            from katautils.cli import iptables
+
+            if options.action == "get":
+                return iptables.get(options.sandbox_id, is_ipv6=options.v6)
+            return iptables.set_(options.sandbox_id, options.file, is_ipv6=options.v6)
+        if options.command == "direct-volume":
+            return _direct_volume(options)
         from katautils.cli.env import env
 
         return env(options.config, as_json=options.json)
@@ -52,6 +60,27 @@ def _factory(options: argparse.Namespace) -> int:
     from katautils.cli.factory import destroy, init
 
     return init(options.config, force=options.force) if options.action == "init" else destroy(options.config)
+
+
+def _direct_volume(options: argparse.Namespace) -> int:
+    from katautils.cli import direct_volume
+
+    match options.action:
+        case "add":
+            return direct_volume.add(options.volume_path, options.mount_info)
+        case "remove":
+            return direct_volume.remove(options.volume_path)
+        case "stats":
+            return direct_volume.stats(options.volume_path)
+        case _:
+            return direct_volume.resize(options.volume_path, options.size)
+
+
+def _size(text: str) -> int:
+    size = int(text)
+    if not 0 < size < 1 << 63:
+        raise ValueError
+    return size
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,6 +138,42 @@ def _parser() -> argparse.ArgumentParser:
         "and what they cost the host, and the machines of the VM cache.",
     )
     status.add_argument("--json", action="store_true", help="as JSON, with sizes in bytes")
+    iptables = commands.add_parser(
+        "iptables",
+        help="get or set the packet filter of a pod's machine",
+        description="The packet filter of a pod's machine, which its containers share.",
+    )
+    actions = iptables.add_subparsers(dest="action", metavar="ACTION", required=True)
+    of_pod = argparse.ArgumentParser(add_help=False)
+    of_pod.add_argument("--sandbox-id", required=True, metavar="ID", help="of the pod")
+    of_pod.add_argument("--v6", action="store_true", help="IPv6's")
+    actions.add_parser("get", parents=[of_pod], help="print it, as iptables-save does")
+    set_ = actions.add_parser("set", parents=[of_pod], help="replace it, as iptables-restore does")
+    set_.add_argument("file", type=Path, metavar="FILE", help="with the rules; - for stdin")
+    volume = commands.add_parser(
+        "direct-volume",
+        help="volumes whose file systems the guest mounts",
+        description="Volumes on block devices that a CSI driver leaves to the guest to mount.",
+    )
+    actions = volume.add_subparsers(dest="action", metavar="ACTION", required=True)
+    of_volume = argparse.ArgumentParser(add_help=False)
+    of_volume.add_argument(
+        "--volume-path", required=True, metavar="PATH", help="where the volume is published to"
+    )
+    add = actions.add_parser("add", parents=[of_volume], help="have the guest mount it")
+    add.add_argument(
+        "--mount-info",
+        required=True,
+        metavar="JSON",
+        help='{"volume-type": "block", "device": "/dev/...", "fstype": "ext4", "options": [...], '
+        '"metadata": {"fsGroup": "..."}}',
+    )
+    actions.add_parser("remove", parents=[of_volume], help="forget it")
+    actions.add_parser("stats", parents=[of_volume], help="print what is used of it")
+    resize = actions.add_parser(
+        "resize", parents=[of_volume], help="fit the guest to a device that has grown"
+    )
+    resize.add_argument("--size", required=True, type=_size, metavar="BYTES", help="what it has now")
     commands.add_parser("version", help="print the version", description="Print the version of kata-py.")
     return parser
 

@@ -312,6 +312,8 @@ def _check_vfio(settings: dict[str, Setting]) -> None:
 
 def _check_bind_mounts(config: RuntimeConfig, settings: dict[str, Setting]) -> None:
     names: dict[str, str] = {}
+    if config.sandbox_bind_mounts and config.hypervisor.shared_fs is SharedFS.NONE:
+        _Fields("runtime", settings).refuse("sandbox_bind_mounts", '[] with shared_fs = "none"')
     for mount in config.sandbox_bind_mounts:
         where = settings["sandbox_bind_mounts"].where
         path = Path(mount)

@@ -6,14 +6,16 @@ import contextlib
 import functools
 import io
 import itertools
+import json
 import re
+import socket
 import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from host_state import RUN
 from private_containerd import RUNTIME, TEST_IMAGE, TEST_IMAGE_ARCHIVE, Containerd
@@ -162,6 +164,24 @@ class Ctr:
             if name == container_id:
                 return int(pid)
         raise AssertionError(f"no task {container_id}")
+
+
+MONITORED = {"enable_debug": True, "extra_monitor_socket": "qmp"}
+"""Of [hypervisor.qemu], for `qmp`."""
+
+
+def qmp(pod: str, command: str, **arguments: Any) -> None:
+    """Ask the QEMU of a pod that is MONITORED."""
+    with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rw") as monitor:
+        connection.settimeout(TIMEOUT_S)
+        connection.connect(f"/run/vc/vm/{pod}/extra-monitor.sock")
+        assert "QMP" in json.loads(monitor.readline())
+        for asked in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
+            monitor.write(json.dumps(asked) + "\n")
+            monitor.flush()
+            while "event" in (answer := json.loads(monitor.readline())):
+                pass
+            assert "return" in answer, answer
 
 
 def processes_of(container_id: str, program: str) -> list[int]:

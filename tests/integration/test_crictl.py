@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -16,8 +17,11 @@ import pytest
 from cri import POD, Crictl, Pod, cgroups
 from harness import TIMEOUT_S, processes_of, wait_for
 from private_cri import KUBERNETES, RUNTIME_HANDLER
+from test_volumes import Kubelet, umount
 
 SLEEP = ("sleep", "100000")
+HOST_TO_CONTAINER = 1
+"""CRI's MountPropagation."""
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,36 @@ def test_exec_with_a_terminal(crictl: Crictl, pod: Pod, sleeper: str) -> None:
         terminal.type("exit 7\n")
         terminal.expect("exit code 7")
         assert terminal.process.wait(TIMEOUT_S) == 1
+
+
+def test_volumes_as_kubernetes_has_them(pod: Pod, tmp_path: Path) -> None:
+    kubelet = Kubelet(tmp_path)
+    host = tmp_path / "host"
+    (host / "inner").mkdir(parents=True)
+    with kubelet.mounted:
+        memory = kubelet.mount(kubelet.path("empty-dir", "memory"), "tmpfs", "size=4m,mode=1777")
+        settings = kubelet.path("configmap", "settings")
+        kubelet.publish(settings, 1, colour="red")
+        subprocess.run(["mount", "--bind", host, host], check=True)
+        kubelet.mounted.callback(umount, host)
+        subprocess.run(["mount", "--make-shared", host], check=True)
+        mounts = [
+            {"container_path": "/memory", "host_path": str(memory)},
+            {"container_path": "/settings", "host_path": str(settings), "readonly": True},
+            {"container_path": "/host", "host_path": str(host), "propagation": HOST_TO_CONTAINER},
+        ]
+        one, two = (pod.start(name, *SLEEP, mounts=mounts) for name in ("volumes-1", "volumes-2"))
+        pod.exec(one, "sh", "-c", "echo one > /memory/file")
+        assert pod.exec(two, "cat", "/memory/file").stdout == "one\n"
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", host / "inner"], check=True)
+        (host / "inner/later").write_text("mounted")
+        kubelet.publish(settings, 2, colour="green")
+        for container in (one, two):
+            command = ("sh", "-c", "until grep mounted /host/inner/later; do sleep 0.1; done 2> /dev/null")
+            pod.exec(container, *command)
+            pod.exec(container, "sh", "-c", "until grep green /settings/colour; do sleep 0.1; done")
+        for container in (one, two):
+            pod.crictl("rm", "--force", container)
 
 
 def test_attach_joins_a_running_container(crictl: Crictl, pod: Pod) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Config
 from harness import TIMEOUT_S, Ctr, processes_of, wait_for
+from templates import Log
 
 PROGRAMS = {"shim": "containerd-shim-kata-py-v2", "QEMU": "qemu-system", "virtiofsd": "virtiofsd"}
 
@@ -19,7 +20,7 @@ PROGRAMS = {"shim": "containerd-shim-kata-py-v2", "QEMU": "qemu-system", "virtio
 def test_kill_9_ends_the_container_and_leaves_nothing(
     every_ctr: Ctr, container_id: str, config: Config, tmp_path: Path, victim: str
 ) -> None:
-    ctr = every_ctr
+    ctr, log = every_ctr, Log(every_ctr.containerd)
     events_file = tmp_path / "events"
     options = (
         *config({"hypervisor.qemu": {"shared_fs": "virtio-fs"}}),
@@ -47,6 +48,9 @@ def test_kill_9_ends_the_container_and_leaves_nothing(
 
                 event = wait_for("containerd to see the exit", exit_event)
                 assert event["exit_status"] == 137
+                if victim != "shim":
+                    reason = f"the pod is dead: {victim.lower()} (pid "
+                    wait_for("its reason in containerd's log", lambda: log.count(reason))
                 wait_for("no running task", lambda: ctr.status(container_id) in (None, "STOPPED"))
                 if ctr.status(container_id):
                     ctr("tasks", "rm", "-f", container_id, check=False)

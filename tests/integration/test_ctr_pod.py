@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from harness import Ctr, processes_of, wait_for
+from conftest import Config
+from harness import MONITORED, Ctr, new_id, processes_of, qmp, wait_for
 
 
 def cri(kind: str, pod: str) -> tuple[str, ...]:
@@ -98,9 +99,26 @@ def test_memory_that_runs_out_is_an_event_and_137(ctr: Ctr, container_id: str, t
     assert topics.index("oom") < topics.index("delete")
 
 
-def test_a_guest_that_answers_no_more_ends_its_containers(ctr: Ctr, container_id: str) -> None:
-    with ctr.detached(container_id, "sleep", "1000"):
+def test_a_guest_that_answers_no_more_ends_its_containers(
+    ctr: Ctr, container_id: str, config: Config
+) -> None:
+    """Because its machine stands still, or the guest alone, which is just to be grown."""
+    frozen = new_id("frozen")
+    monitored = config({"hypervisor.qemu": MONITORED})
+    with (
+        ctr.detached(container_id, "sleep", "1000"),
+        ctr.detached(frozen, "sleep", "1000", options=(*monitored, *cri("sandbox", frozen))),
+    ):
         (machine,) = processes_of(container_id, "qemu-system")
         os.kill(machine, signal.SIGSTOP)
-        wait_for("the end", lambda: ctr.status(container_id) == "STOPPED")
-        wait_for("the machine to go", lambda: not processes_of(container_id, "qemu-system"))
+        qmp(frozen, "stop")
+        grows = (*cri("container", frozen), "--memory-limit", str(512 << 20))
+        late = ctr.run(f"{frozen}-late", "sleep", "1000", options=grows)
+        assert late.returncode != 0
+        # Its creation was waiting for the guest, or was not answered itself.
+        assert re.search(rf"sandbox {frozen} is dead: agent: |no answer within", late.stderr.decode())
+        wait_for("their end", lambda: {ctr.status(pod) for pod in (container_id, frozen)} == {"STOPPED"})
+        wait_for(
+            "the machines to go",
+            lambda: not [*processes_of(container_id, "qemu-system"), *processes_of(frozen, "qemu-system")],
+        )

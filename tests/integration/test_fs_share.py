@@ -92,6 +92,13 @@ def test_a_volume_is_writable_only_when_it_may_be(
         assert (source / "f" if kind == "directory" else source).read_text() == "guest"
 
 
+def test_a_file_is_shared_with_each_container_of_a_pod(share: FilesystemShare, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n")
+    for container in ("one", "two"):
+        path = share.share_file(container, tmp_path / "hosts", "/etc/hosts", readonly=False)
+        assert guest_side(share, path).read_text() == "127.0.0.1 localhost\n"
+
+
 def test_a_mount_inside_a_readonly_volume_is_readonly_too(share: FilesystemShare, tmp_path: Path) -> None:
     (tmp_path / "volume/inner").mkdir(parents=True)
     mount.mount("tmpfs", tmp_path / "volume/inner", "tmpfs")

@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,62 @@ def test_a_clone_gets_the_interfaces_routes_and_neighbours_it_is_told(template: 
     asyncio.run(body())
 
 
+RULES = b"""*filter
+:INPUT ACCEPT [0:0]
+:FORWARD ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+-A INPUT -p tcp -m tcp --dport 81 -m conntrack --ctstate NEW -m comment --comment "no 81" -j REJECT
+-A INPUT -m limit --limit 5/min -j LOG
+-A OUTPUT -m owner --uid-owner 1000 -j DROP
+-A OUTPUT -d {host} -j DROP
+COMMIT
+*nat
+:PREROUTING ACCEPT [0:0]
+:INPUT ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+:POSTROUTING ACCEPT [0:0]
+-A PREROUTING -p tcp -m multiport --dports 80,8080 -j REDIRECT --to-ports 15001
+-A POSTROUTING -o eth0 -m mark --mark 0x7 -j MASQUERADE
+COMMIT
+"""
+
+
+def told(rules: bytes) -> list[str]:
+    """Rules and chains without comments and counters."""
+    lines = [line.partition(" [")[0].strip() for line in rules.decode().splitlines()]
+    return sorted(line for line in lines if line and not line.startswith("#"))
+
+
+def test_packet_filters_are_set_told_and_in_force(template: Template) -> None:
+    async def body() -> None:
+        with tap("tap-a", "10.88.0.1/24", "fd88::1/64") as fd:
+            async with clone_of(template) as guest:
+                agent = guest.agent
+                path = await guest.plug("a", MAC, fd)
+                await agent.update_interface(
+                    interface("eth0", MAC, "10.88.0.2/24", "fd88::2/64", devicePath=path)
+                )
+                assert "nf_tables" not in await guest.shell("cat /proc/modules"), "loaded when it is used"
+                for is_ipv6, host in ((False, "10.88.0.1"), (True, "fd88::1")):
+                    assert told(await agent.get_ip_tables(is_ipv6=is_ipv6)) == []
+                    await wait_ping(guest, host)
+                    rules = RULES.replace(b"{host}", host.encode())
+                    await agent.set_ip_tables(rules, is_ipv6=is_ipv6)
+                    found = told(await agent.get_ip_tables(is_ipv6=is_ipv6))
+                    reject = "icmp6-port-unreachable" if is_ipv6 else "icmp-port-unreachable"
+                    wanted = rules.replace(b"-j REJECT", b"-j REJECT --reject-with " + reject.encode())
+                    wanted = wanted.replace(host.encode(), f"{host}/{128 if is_ipv6 else 32}".encode())
+                    assert found == told(wanted)
+                    pinged = await guest.shell(f"busybox ping -c 1 -W 1 {host} || true")
+                    assert "1 packets received" not in pinged
+                sentence = r"iptables-restore: Bad argument `nonsense'; Error occurred at line: 2$"
+                with pytest.raises(InvalidArgumentError, match=sentence):
+                    await agent.set_ip_tables(b"*filter\nnonsense\nCOMMIT\n", is_ipv6=False)
+                assert told(await agent.get_ip_tables(is_ipv6=False)) != []
+
+    asyncio.run(body())
+
+
 def test_what_cannot_be_is_refused_by_name(template: Template) -> None:
     async def body() -> None:
         with tap("tap-a") as fd:
@@ -262,18 +319,33 @@ def test_what_cannot_be_is_refused_by_name(template: Template) -> None:
     asyncio.run(body())
 
 
-def test_a_booted_machine_loads_the_driver_when_it_is_needed(config: VMConfig) -> None:
+@pytest.mark.parametrize("parameters", ["", "ipv6.disable=1"])
+def test_a_booted_machine_loads_the_driver_when_it_is_needed(config: VMConfig, parameters: str) -> None:
+    """Also one without IPv6, which has what there is of IPv4."""
+
     async def body() -> None:
         with tap("tap-a", "10.88.0.1/24") as fd:
-            vm = VM.new(new_id("net"), config, shared_path=None)
+            hypervisor = replace(config.hypervisor, kernel_params=parameters)
+            vm = VM.new(new_id("net"), replace(config, hypervisor=hypervisor), shared_path=None)
             await vm.start()
             try:
                 guest = Guest(vm)
                 assert "virtio_net" not in await guest.shell("cat /proc/modules")
                 # At once: neither the kernel nor the driver has seen it.
                 path = await guest.plug("a", MAC, fd)
-                await guest.agent.update_interface(interface("eth0", MAC, "10.88.0.2/24", devicePath=path))
+                addresses = "10.88.0.2/24", "fd88::2/64", "fe80::2/64"
+                await guest.agent.update_interface(interface("eth0", MAC, *addresses, devicePath=path))
+                routes = [
+                    types_pb2.Route(gateway="10.88.0.1", device="eth0"),
+                    types_pb2.Route(gateway="fd88::1", device="eth0", family=types_pb2.v6),
+                ]
+                await guest.agent.update_routes(routes)
                 await wait_ping(guest, "10.88.0.1")
+                found = (await guest.agent.list_interfaces())[-1].IPAddresses
+                there = addresses[:1] if parameters else addresses
+                assert {f"{each.address}/{each.mask}" for each in found} == set(there)
+                gateways = {route.gateway for route in await guest.agent.list_routes()} - {""}
+                assert gateways == ({"10.88.0.1"} if parameters else {"10.88.0.1", "fd88::1"})
             finally:
                 await vm.stop()
 

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent_client.transports import AgentAddress
 from virtcontainers.errors import DeadlineExceededError, KataError
+
+if TYPE_CHECKING:
+    from virtcontainers.hypervisor.hotplug_block import BlockDrive, PluggedDrive
 
 Persisted = dict[str, Any]
 """Plain JSON: all that `Hypervisor.cleanup` needs in a fresh process."""
@@ -137,6 +140,20 @@ class Hypervisor(ABC):
     async def hotunplug_memory(self, mib: int, *, timeout_s: float) -> int:
         """Take up to `mib` back of what was plugged, as far as the guest can spare it in time; the rest
         stays, which is logged. Gives how many MiB have gone. Raises HypervisorError."""
+
+    @abstractmethod
+    async def hotplug_block(self, drive: BlockDrive) -> PluggedDrive:
+        """Plug a disk into a RUNNING machine. Raises HypervisorError, or InvalidArgumentError for a
+        `block_device_driver` that is not for it; nothing was plugged then."""
+
+    @abstractmethod
+    async def hotunplug_block(self, plugged: PluggedDrive, *, timeout_s: float) -> None:
+        """Unplug it. Raises HypervisorError when the guest does not let go of it in time: it stays then."""
+
+    @abstractmethod
+    async def resize_block(self, plugged: PluggedDrive, size_bytes: int) -> None:
+        """Have the guest see that it has grown to so many bytes; a file does so. Raises InvalidArgumentError
+        for fewer than it has, and HypervisorError."""
 
     @abstractmethod
     async def hotplug_net(self, device: NetDevice) -> str:

@@ -32,6 +32,7 @@ from virtcontainers.hypervisor.base import (
 )
 from virtcontainers.hypervisor.capabilities import Capability
 from virtcontainers.hypervisor.hotplug import Hotplug
+from virtcontainers.hypervisor.hotplug_block import BlockDrive, BlockHotplug, PluggedDrive
 from virtcontainers.hypervisor.logs import ConsoleLog, with_tail
 from virtcontainers.hypervisor.memory_file import copy_extents
 from virtcontainers.hypervisor.process import MachineProcess, end_processes
@@ -125,6 +126,7 @@ class Qemu(Hypervisor):
         self._thread_ids: dict[int, int] = {}
         self._memory_mib = config.default_memory_mib
         self._hotplug: Hotplug | None = None
+        self._block_hotplug: BlockHotplug | None = None
         self._free_ports = [f"rp{number}" for number in range(HOTPLUG_PORTS + config.pcie_root_port)]
         self._net_slots: dict[str, BridgeSlot] = {}
         self._free_slots = [
@@ -665,6 +667,30 @@ class Qemu(Hypervisor):
             )
         return self._hotplug
 
+    # -- block devices
+
+    async def hotplug_block(self, drive: BlockDrive) -> PluggedDrive:
+        return await self._block_plugger.add(drive)
+
+    async def hotunplug_block(self, plugged: PluggedDrive, *, timeout_s: float) -> None:
+        await self._block_plugger.remove(plugged, timeout_s=timeout_s)
+
+    async def resize_block(self, plugged: PluggedDrive, size_bytes: int) -> None:
+        await self._block_plugger.resize(plugged, size_bytes)
+
+    @property
+    def _block_plugger(self) -> BlockHotplug:
+        self.require(VMState.RUNNING)
+        if self._block_hotplug is None:
+            self._block_hotplug = BlockHotplug(
+                self.monitor,
+                self.config,
+                take_slot=self.take_slot,
+                give_back_slot=self.give_back_slot,
+                logger=self._log,
+            )
+        return self._block_hotplug
+
     async def _find_vcpus(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
         cpus = await self.monitor.execute("query-cpus-fast", timeout_s=timeout_s)
         self._thread_ids = {cpu["cpu-index"]: cpu["thread-id"] for cpu in cpus}
@@ -752,7 +778,9 @@ class Qemu(Hypervisor):
 
     @property
     def monitor(self) -> QMP:
-        assert self._qmp is not None
+        """Raises HypervisorError: a machine may be ended while it is being changed."""
+        if self._qmp is None:
+            raise HypervisorError(f"the machine is {self.state.value}, expected one with a monitor")
         return self._qmp
 
 

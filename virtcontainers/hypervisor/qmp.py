@@ -71,12 +71,20 @@ class QMP:
 
     async def send_fd(self, name: str, fd: int) -> None:
         """Give QEMU a duplicate of `fd` under a name, for `fd:NAME` in later commands. Raises QMPFailed."""
+        await self._execute_with_fd("getfd", {"fdname": name}, fd)
+
+    async def add_fd(self, fd: int) -> int:
+        """Give QEMU a duplicate of `fd`; returns N of /dev/fdset/N, which is a file's name to it until
+        `remove-fd`. Raises QMPFailed."""
+        return int((await self._execute_with_fd("add-fd", {}, fd))["fdset-id"])
+
+    async def _execute_with_fd(self, command: str, arguments: Mapping[str, object], fd: int) -> Any:
         async with self._sending_fd:
             try:
                 self._client.send_fd_scm(fd)
             except (QMPError, OSError) as error:
-                raise QMPFailed(f"QMP getfd: {name} was not sent: {error}") from error
-            await self.execute("getfd", {"fdname": name})
+                raise QMPFailed(f"QMP {command}: the descriptor was not sent: {error}") from error
+            return await self.execute(command, arguments)
 
     async def unplug(self, device_id: str, *, timeout_s: float) -> None:
         """Have the guest let go of a device that was plugged in, and return when it is gone; idempotent.

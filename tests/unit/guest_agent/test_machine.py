@@ -143,8 +143,8 @@ def test_a_local_storage_is_made_once_for_all_that_name_it(tmp_path: Path) -> No
         assert await storages.add(wanted, None) == [point]
         assert await storages.add(wanted, None) == [point]
         assert Path(point).stat().st_mode & 0o7777 == 0o750
-        storages.release([point])
-        storages.release([point])
+        storages.release([point], None)
+        storages.release([point], None)
         assert Path(point).is_dir()
 
     asyncio.run(body())

@@ -280,6 +280,13 @@ def test_bind_mounts_share_a_directory(load: Load, tmp_path: Path) -> None:
         load(runtime={"sandbox_bind_mounts": [str(path) for path in paths]})
 
 
+def test_bind_mounts_need_a_share(load: Load, tmp_path: Path) -> None:
+    with pytest.raises(
+        InvalidArgumentError, match=r"sandbox_bind_mounts: found .*expected \[\] with shared_fs"
+    ):
+        load(hypervisor__qemu={"shared_fs": "none"}, runtime={"sandbox_bind_mounts": [str(tmp_path)]})
+
+
 def test_vfio_is_plugged_hot_or_cold(load: Load) -> None:
     with pytest.raises(InvalidArgumentError, match='hot_plug_vfio: found "root-port"'):
         load(hypervisor__qemu={"hot_plug_vfio": "root-port", "cold_plug_vfio": "bridge-port"})

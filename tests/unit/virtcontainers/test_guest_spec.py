@@ -1,7 +1,6 @@
 """The guest's spec against Kata's rules."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,24 +20,24 @@ def spec(**linux: Any) -> dict[str, Any]:
     }
 
 
-class Shares:
-    """Records what was asked to be shared, and answers a guest path."""
+class Binds:
+    """Records what it was asked for, and answers a guest path."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[Path, str, bool]] = []
+        self.asked: list[str] = []
 
-    def __call__(self, source: Path, destination: str, readonly: bool) -> str:
-        self.asked.append((source, destination, readonly))
-        return f"/guest{source}"
+    def __call__(self, entry: dict[str, Any]) -> dict[str, Any]:
+        self.asked.append(entry["destination"])
+        return {**entry, "source": f"/guest{entry['source']}"}
 
 
-def convert(given: dict[str, Any], **options: Any) -> tuple[dict[str, Any], bool, Shares]:
-    shares = Shares()
+def convert(given: dict[str, Any], **options: Any) -> tuple[dict[str, Any], bool, Binds]:
+    binds = Binds()
     options = {"shm_size_bytes": 1 << 20, "pass_seccomp": True, **options}
     before = copy.deepcopy(given)
-    guest, pidns = guest_spec(given, rootfs="/guest/rootfs", share_file=shares, **options)
+    guest, pidns = guest_spec(given, rootfs="/guest/rootfs", guest_mount=binds, **options)
     assert given == before, "the host's spec must not change"
-    return guest, pidns, shares
+    return guest, pidns, binds
 
 
 def test_root_is_the_guests_and_stays_readonly() -> None:
@@ -104,8 +103,8 @@ def test_bind_mounts_are_shared_and_others_pass() -> None:
         {"destination": "/sys/fs", "type": "bind", "source": "/sys/fs", "options": ["rbind"]},
         {"destination": "/dev/null2", "type": "bind", "source": "/dev/null", "options": ["bind"]},
     ]
-    guest, _, shares = convert(given)
-    assert shares.asked == [(Path("/srv"), "/data", True), (Path("/opt"), "/none", False)]
+    guest, _, binds = convert(given)
+    assert binds.asked == ["/data", "/none"]
     assert [m["source"] for m in guest["mounts"]] == [
         "proc",
         "/guest/srv",
@@ -122,9 +121,20 @@ def test_bind_mounts_are_shared_and_others_pass() -> None:
 def test_dev_shm_is_the_sandboxes_or_its_own(size: int, kind: str, source: str) -> None:
     given = spec()
     given["mounts"] = [{"destination": "/dev/shm", "type": "bind", "source": "/run/host/shm"}]
-    guest, _, shares = convert(given, shm_size_bytes=size)
-    assert shares.asked == []
+    guest, _, binds = convert(given, shm_size_bytes=size)
+    assert binds.asked == []
     assert (guest["mounts"][0]["type"], guest["mounts"][0]["source"]) == (kind, source)
+
+
+def test_dev_shm_with_a_size_or_a_volume_of_its_own_stays() -> None:
+    given = spec()
+    tmpfs = {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=1m"]}
+    empty_dir = "/var/lib/kubelet/pods/1/volumes/kubernetes.io~empty-dir/shm"
+    volume = {"destination": "/dev/shm", "type": "bind", "source": empty_dir}
+    given["mounts"] = [tmpfs, volume]
+    guest, _, binds = convert(given)
+    assert guest["mounts"][0] == tmpfs
+    assert binds.asked == ["/dev/shm"]
 
 
 def test_relative_bind_source_is_refused_by_name() -> None:

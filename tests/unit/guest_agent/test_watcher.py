@@ -1,0 +1,126 @@
+"""Copies of what is watched, as a program sees them that waits for changes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from guest.agent.watcher import TooMuch, Watcher, small_enough
+from virtcontainers.inotify import Inotify
+
+TIMEOUT_S = 60
+
+
+def publish(volume: Path, number: int, **files: str) -> None:
+    """As kubelet does: new files, then one link that makes them count."""
+    new = volume / f"..{number}"
+    new.mkdir()
+    for name, text in files.items():
+        (new / name).write_text(text)
+    (volume / "..data_tmp").symlink_to(new.name)
+    (volume / "..data_tmp").rename(volume / "..data")
+    for name in files:
+        if not (volume / name).is_symlink():
+            (volume / name).symlink_to(f"..data/{name}")
+
+
+def withdraw(volume: Path, number: int, *gone: str) -> None:
+    for name in gone:
+        (volume / name).unlink()
+    for file in (volume / f"..{number}").iterdir():
+        file.unlink()
+    (volume / f"..{number}").rmdir()
+
+
+def watching(source: Path, target: Path, body: Callable[[], Awaitable[None]]) -> None:
+    async def run() -> None:
+        watcher = Watcher()
+        watcher.add(str(source), str(target))
+        try:
+            await asyncio.wait_for(body(), TIMEOUT_S)
+        finally:
+            watcher.remove(str(target))
+        assert not target.exists()
+
+    asyncio.run(run())
+
+
+async def until(look: Callable[[], bool]) -> None:
+    while not look():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_who_waits_for_kubelets_link_is_told_and_finds_new_files_only(tmp_path: Path) -> None:
+    volume, copy = tmp_path / "volume", tmp_path / "copy"
+    volume.mkdir(mode=0o750)
+    publish(volume, 1, colour="red", size="1")
+    (volume / "..1/size").chmod(0o400)
+
+    async def body() -> None:
+        assert ((copy / "colour").read_text(), (copy / "size").read_text()) == ("red", "1")
+        assert (copy.stat().st_mode & 0o777, (copy / "size").stat().st_mode & 0o777) == (0o750, 0o400)
+        watch = Inotify()
+        try:
+            told = asyncio.Event()
+            asyncio.get_running_loop().add_reader(watch.fd, told.set)
+            watch.add(copy)
+            publish(volume, 2, colour="green", shape="round")
+            withdraw(volume, 1, "size")
+            await told.wait()
+            await until(lambda: (copy / "..data").readlink() == Path("..2"))
+            assert (copy / "colour").read_text() == "green"
+            await until(lambda: names(copy) == ["..2", "..data", "colour", "shape"])
+            assert (copy / "shape").read_text() == "round"
+        finally:
+            asyncio.get_running_loop().remove_reader(watch.fd)
+            watch.close()
+
+    watching(volume, copy, body)
+
+
+def test_files_without_kubelets_links_are_followed_too(tmp_path: Path) -> None:
+    volume, copy = tmp_path / "volume", tmp_path / "copy"
+    (volume / "folder").mkdir(parents=True)
+    (volume / "folder/file").write_text("old")
+    (volume / "link").symlink_to("folder")
+
+    async def body() -> None:
+        assert (copy / "link/file").read_text() == "old"
+        (volume / "folder/file").write_text("newer")
+        await until(lambda: (copy / "folder/file").read_text() == "newer")
+        (volume / "link").unlink()
+        (volume / "link").write_text("a file now")
+        await until(lambda: not (copy / "link").is_symlink())
+        (volume / "folder/file").unlink()
+        (volume / "folder").rmdir()
+        await until(lambda: names(copy) == ["link"])
+
+    watching(volume, copy, body)
+
+
+def test_what_is_too_much_is_not_copied_and_what_becomes_it_stays_as_it_was(tmp_path: Path) -> None:
+    volume, copy = tmp_path / "volume", tmp_path / "copy"
+    volume.mkdir()
+    (volume / "file").write_text("old")
+
+    async def body() -> None:
+        with (volume / "big").open("wb") as file:
+            file.truncate((16 << 20) + 1)
+        (volume / "file").write_text("newer")
+        assert not small_enough(str(volume))
+        with pytest.raises(TooMuch):
+            Watcher().add(str(volume), str(tmp_path / "other"))
+        await asyncio.sleep(1.5)
+        assert names(copy) == ["file"]
+        (volume / "big").unlink()
+        await until(lambda: (copy / "file").read_text() == "newer")
+
+    assert small_enough(str(volume))
+    watching(volume, copy, body)

@@ -1,0 +1,115 @@
+"""What QEMU is asked, and what is taken back when it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from virtcontainers.config import HypervisorConfig
+from virtcontainers.errors import InvalidArgumentError
+from virtcontainers.hypervisor.base import QMPFailed
+from virtcontainers.hypervisor.hotplug_block import BlockDrive, BlockHotplug
+from virtcontainers.hypervisor.qemu_cmdline import BridgeSlot
+
+DRIVE = BlockDrive(fd=0, is_device=True, readonly=False, share_rw=True)
+
+
+class Monitor:
+    """Answers as QEMU, and refuses what `refuses` says of a command."""
+
+    def __init__(self, refuses: Mapping[str, Any] | None = None) -> None:
+        self.refuses = refuses or {}
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+
+    async def add_fd(self, fd: int) -> int:
+        return 7
+
+    async def execute(self, command: str, arguments: dict[str, Any]) -> Any:
+        self.asked.append((command, arguments))
+        refused = self.refuses.get(command)
+        if refused and all(arguments.get(key) == value for key, value in refused.items()):
+            raise QMPFailed(f"QMP {command}: refused")
+        return []
+
+    def commands(self) -> list[str]:
+        return [command for command, _ in self.asked]
+
+    def arguments(self, command: str) -> list[dict[str, Any]]:
+        return [arguments for name, arguments in self.asked if name == command]
+
+
+def hotplug(monitor: Monitor, slots: list[BridgeSlot], **config: Any) -> BlockHotplug:
+    return BlockHotplug(
+        monitor,  # type: ignore[arg-type]
+        HypervisorConfig(**config),
+        take_slot=lambda: slots.pop(0),
+        give_back_slot=slots.append,
+        logger=logging.LoggerAdapter(logging.getLogger("test")),
+    )
+
+
+def slots() -> list[BridgeSlot]:
+    return [BridgeSlot(0, 1), BridgeSlot(0, 2)]
+
+
+def test_scsi_has_one_controller_and_a_new_lun_for_each_disk() -> None:
+    monitor, free = Monitor(), slots()
+    block = hotplug(monitor, free, block_device_driver="virtio-scsi", enable_iothreads=True)
+    plugged = [asyncio.run(block.add(DRIVE)) for _ in range(2)]
+    assert [(drive.driver, drive.address) for drive in plugged] == [("scsi", "0:0"), ("scsi", "0:1")]
+    controller, *disks = monitor.arguments("device_add")
+    assert (controller["driver"], controller["iothread"]) == ("virtio-scsi-pci", "iothread-block")
+    assert [(disk["driver"], disk["bus"], disk["lun"]) for disk in disks] == [
+        ("scsi-hd", "scsi0.0", 0),
+        ("scsi-hd", "scsi0.0", 1),
+    ]
+    assert len(monitor.arguments("object-add")) == 1
+    assert free == slots()[1:]
+
+
+@pytest.mark.parametrize("command", ["blockdev-add", "device_add"])
+def test_what_was_done_is_taken_back_when_qemu_refuses(command: str) -> None:
+    monitor, free = (
+        Monitor(
+            {command: {"driver": "host_device"} if command == "blockdev-add" else {"bus": "pci-bridge-0"}}
+        ),
+        slots(),
+    )
+    with pytest.raises(QMPFailed):
+        asyncio.run(hotplug(monitor, free, block_device_driver="virtio-blk").add(DRIVE))
+    assert sorted(free, key=lambda slot: slot.slot) == slots()
+    undone = ["blockdev-del", "remove-fd"] if command == "device_add" else ["remove-fd"]
+    assert monitor.commands()[-len(undone) :] == undone
+
+
+def test_another_way_of_input_and_output_is_taken_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    monitor = Monitor({"blockdev-add": {"aio": "native"}})
+    block = hotplug(monitor, slots(), block_device_aio="native")
+    for _ in range(2):
+        asyncio.run(block.add(DRIVE))
+    ways = [(node["aio"], node.get("cache")) for node in monitor.arguments("blockdev-add")]
+    assert ways == [("native", {"direct": True}), ("threads", None), ("threads", None)]
+    (warning,) = caplog.messages
+    assert 'block_device_aio = "native" in [hypervisor.qemu] cannot be had here' in warning
+
+
+def test_cache_keys_count_when_they_are_set() -> None:
+    keys = {"block_device_cache_direct": True, "block_device_cache_noflush": True}
+    monitor = Monitor()
+    asyncio.run(hotplug(monitor, slots(), **keys).add(DRIVE))
+    asyncio.run(hotplug(monitor, slots(), block_device_cache_set=True, **keys).add(DRIVE))
+    assert [node.get("cache") for node in monitor.arguments("blockdev-add")] == [
+        None,
+        {"direct": True, "no-flush": True},
+    ]
+
+
+def test_a_driver_that_is_not_for_this_machine_is_refused_by_its_key() -> None:
+    monitor = Monitor()
+    with pytest.raises(InvalidArgumentError, match=r'block_device_driver = "nvdimm".*expected "virtio-scsi"'):
+        asyncio.run(hotplug(monitor, slots(), block_device_driver="nvdimm").add(DRIVE))
+    assert monitor.asked == []

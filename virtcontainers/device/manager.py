@@ -1,0 +1,108 @@
+"""The devices of one pod: each is plugged into its machine once, for all of its containers that have it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from agent_client.protocols import agent_pb2
+from virtcontainers.device.block import DeviceInfo, Key, key_of, opened
+from virtcontainers.errors import InvalidArgumentError, KataError
+from virtcontainers.fs_share import guests_folder
+from virtcontainers.hypervisor.base import Hypervisor
+from virtcontainers.hypervisor.hotplug_block import BlockDrive, PluggedDrive
+
+log = logging.getLogger(__name__)
+
+_UNPLUG_TIMEOUT_S = 10.0
+
+
+class BlockDevice:
+    """One disk, and how many containers have it."""
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        self.attach_count = 0
+        self.readonly = False
+        self.plugged: PluggedDrive | None = None
+        self.lock = asyncio.Lock()
+
+    def agent_storage(self, *, fstype: str, options: tuple[str, ...], mount_point: str) -> agent_pb2.Storage:
+        """The disk's file system, for the guest to mount. Valid while attached."""
+        assert self.plugged is not None
+        return agent_pb2.Storage(
+            driver=self.plugged.driver,
+            source=self.plugged.address,
+            fstype=fstype,
+            options=options,
+            mount_point=mount_point,
+        )
+
+    def agent_device(self, container_path: str) -> agent_pb2.Device:
+        """The disk itself, for the entry of that path in a spec's linux.devices. Valid while attached."""
+        assert self.plugged is not None
+        return agent_pb2.Device(
+            type=self.plugged.driver, id=self.plugged.address, container_path=container_path
+        )
+
+
+class DeviceManager:
+    """`allow` is called with the path of each device before it is opened."""
+
+    def __init__(self, sandbox_id: str, allow: Callable[[Path], None]) -> None:
+        self._allow = allow
+        self._devices: dict[Key, BlockDevice] = {}
+        self._log = logging.LoggerAdapter(log, {"sandbox": sandbox_id})
+
+    def check(self, info: DeviceInfo) -> None:
+        """Whether it could be plugged in, as far as that is known before. Raises KataError's classes."""
+        device = self._devices.get(key_of(info.path))
+        if device is None or device.plugged is None:
+            with self._opened(info):
+                pass
+
+    @contextlib.contextmanager
+    def _opened(self, info: DeviceInfo) -> Iterator[tuple[Key, BlockDrive]]:
+        if (folder := guests_folder(info.path)) is not None:
+            # Whose root user makes symlinks and device nodes there.
+            raise InvalidArgumentError(
+                f"block device {info.path}: a guest can write in {folder}, expected another path"
+            )
+        self._allow(info.path)
+        with opened(info) as found:
+            yield found
+
+    async def attach(self, hypervisor: Hypervisor, info: DeviceInfo) -> BlockDevice:
+        """Plug it in unless it is, for one `detach`. Raises KataError's classes."""
+        key = key_of(info.path)
+        device = self._devices.setdefault(key, BlockDevice(key))
+        async with device.lock:
+            if device.attach_count == 0:
+                with self._opened(info) as (found, drive):
+                    if found != key:
+                        raise InvalidArgumentError(f"block device {info.path} has become another")
+                    device.plugged = await hypervisor.hotplug_block(drive)
+                device.readonly = info.readonly
+            elif device.readonly and not info.readonly:
+                raise InvalidArgumentError(
+                    f"block device {info.path}: found it read-only in the machine already, for another "
+                    "container of the pod, expected all of them to write or none"
+                )
+            device.attach_count += 1
+        return device
+
+    async def detach(self, hypervisor: Hypervisor, device: BlockDevice) -> None:
+        """Unplug it when nobody has it any more. Raises nothing: a guest that keeps it is logged, and has it
+        until the pod ends."""
+        async with device.lock:
+            device.attach_count -= 1
+            if device.attach_count or device.plugged is None:
+                return
+            plugged, device.plugged = device.plugged, None
+            try:
+                await hypervisor.hotunplug_block(plugged, timeout_s=_UNPLUG_TIMEOUT_S)
+            except KataError as error:
+                self._log.warning("a block device stays: %s", error)
