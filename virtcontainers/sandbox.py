@@ -28,7 +28,7 @@ from virtcontainers.errors import (
     UnimplementedError,
 )
 from virtcontainers.fs_share import FilesystemShare
-from virtcontainers.hypervisor.base import Hypervisor, HypervisorError, vm_dir
+from virtcontainers.hypervisor.base import Hypervisor, HypervisorError, QMPFailed, vm_dir
 from virtcontainers.hypervisor.process import find_processes
 from virtcontainers.network.child import open_namespace
 from virtcontainers.network.network import Network
@@ -194,7 +194,7 @@ class Sandbox:
         death = asyncio.create_task(self._vm.hypervisor.wait_dead())
         try:
             await asyncio.wait({working, death}, return_when=asyncio.FIRST_COMPLETED)
-            if working.done() and isinstance(working.exception(), UnavailableError):
+            if working.done() and isinstance(working.exception(), UnavailableError | QMPFailed):
                 # The connection's end is seen before the death that caused it.
                 await asyncio.wait({death}, timeout=_DEATH_TIMEOUT_S)
             if death.done() and not (working.done() and working.exception() is None):
