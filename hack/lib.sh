@@ -176,21 +176,3 @@ make_venv() {
     fi
     "$1/bin/python" -m pip install --disable-pip-version-check --require-hashes --only-binary :all: -r "$2"
 }
-
-crictl_version=v1.32.0
-
-# crictl into $cache_dir/bin from the Go module proxy, where Go is there; else the distribution's package. Where neither
-# gives it, that is no failure: hack/cri_client.py has its commands.
-get_crictl() {
-    if [ -x "$cache_dir/bin/crictl" ] || command -v crictl; then
-        return
-    fi
-    if command -v go && GOBIN=$cache_dir/bin CGO_ENABLED=0 timeout 600 \
-        go install -ldflags '-s -w' "sigs.k8s.io/cri-tools/cmd/crictl@$crictl_version"; then
-        return
-    fi
-    if apt-cache show cri-tools && apt-get install -y --no-install-recommends cri-tools; then
-        return
-    fi
-    echo "crictl cannot be had here: hack/crictl uses hack/cri_client.py"
-}

@@ -26,6 +26,9 @@ NAMESPACE = "k8s.io"
 PAUSE_IMAGE = "docker.io/library/kata-py-pause:latest"
 PAUSE_IMAGE_ARCHIVE = CACHE / "images/pause.tar"
 
+CRICTL_MISSING = CACHE / "bin/crictl.missing"
+"""Why there is none."""
+
 BRIDGE_PREFIX = "kpy-"
 CNI_DIRECTORIES = (Path("/usr/lib/cni"), Path("/opt/cni/bin"))
 """Debian's, and everybody else's."""
@@ -133,10 +136,15 @@ def containerd_imports(major: int) -> str:
     return f'imports = ["{KUBERNETES}/containerd-2.x.toml"]' if major > 1 else ""
 
 
-def crictl_command(address: Path, *arguments: str) -> list[str]:
-    """crictl, as setup.sh found it, else what has its commands here."""
+def find_crictl() -> str | None:
+    """As hack/get-crictl leaves it."""
     installed = CACHE / "bin/crictl"
-    crictl = str(installed) if installed.exists() else shutil.which("crictl")
+    return str(installed) if installed.exists() else shutil.which("crictl")
+
+
+def crictl_command(address: Path, *arguments: str) -> list[str]:
+    """crictl, else what has its commands here."""
+    crictl = find_crictl()
     client = [str(REPO / ".venv/bin/python"), str(REPO / "hack/cri_client.py")]
     program = [crictl] if crictl else client
     endpoint = f"unix://{address}"

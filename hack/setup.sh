@@ -25,5 +25,4 @@ step "bytecode" compile_packages "$venv" "$repo"
 step "links in /usr/local/bin" link_programs "$venv/bin" "$venv/bin"
 step "guest image" "$venv/bin/python" -m guest.image.build --output "$state_dir/guest" --cache "$cache_dir/guest"
 step "test image" "$repo/hack/busybox-image" "$cache_dir/images/busybox.tar"
-step "crictl" get_crictl
 step "image for pods" "$repo/hack/pause-image" "$cache_dir/images/pause.tar"

@@ -22,6 +22,7 @@ headline "==> set-up"
 hack/setup.sh
 hack/containerd-versions
 hack/vhost-user-daemons
+hack/get-crictl
 step "Go modules of the tests" go_modules
 
 bin=$venv/bin

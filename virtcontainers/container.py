@@ -123,6 +123,7 @@ class Container:
         self._undo = AsyncExitStack()
         self.disks = ContainerDisks(config, sandbox.config.hypervisor)
         self._in_guest = False
+        self._updating = asyncio.Lock()
         self._exit_watch: asyncio.Task[None] | None = None
         self._guest_spec: dict[str, Any] = {}
         self._sandbox_pidns = False
@@ -255,18 +256,20 @@ class Container:
 
     async def update(self, resources: dict[str, Any]) -> None:
         """Set new limits (an OCI linux.resources object): the machine is fitted first, then the cgroup."""
-        self.require(ContainerState.CREATED, ContainerState.RUNNING, ContainerState.PAUSED)
-        before = self.resources
-        self.resources = _updated(before, resources)
         # The host's CPUs and memory nodes are not the guest's.
         cpu = {k: v for k, v in (resources.get("cpu") or {}).items() if k not in ("cpus", "mems")}
-        try:
-            await self.sandbox.update_resources()
-            others = {k: v for k, v in resources.items() if k != "cpu"}
-            await self.sandbox.agent.update_container(self.id, {**others, "cpu": cpu} if cpu else others)
-        except BaseException:
-            self.resources = before
-            raise
+        others = {k: v for k, v in resources.items() if k != "cpu"}
+        async with self._updating:
+            self.require(ContainerState.CREATED, ContainerState.RUNNING, ContainerState.PAUSED)
+            before = self.resources
+            self.resources = _updated(before, resources)
+            try:
+                await self.sandbox.update_resources()
+                await self.sandbox.agent.update_container(self.id, {**others, "cpu": cpu} if cpu else others)
+            except BaseException:
+                self.resources = before
+                self.sandbox.release_cpus()
+                raise
 
     async def stats(self) -> agent_pb2.StatsContainerResponse:
         return await self.sandbox.agent.stats_container(self.id)

@@ -120,7 +120,7 @@ class FilesystemShare:
         return GUEST_SHARED_DIR + name
 
     def _share(self, source: Path, name: str, *, readonly: bool, slave: bool) -> None:
-        beneath = _guests_folder(source)
+        beneath = guests_folder(source)
         try:
             mount.bind_mount(
                 source,
@@ -162,7 +162,7 @@ class FilesystemShare:
         mount.remove_mountpoints(self.root)
 
 
-def _guests_folder(source: Path) -> Path | None:
+def guests_folder(source: Path) -> Path | None:
     """The outermost folder on the way to `source` in which a guest can write, of this pod or of another:
     below it there may be symlinks of the guest's. None: there is no such folder."""
     writable = set()

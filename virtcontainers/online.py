@@ -26,6 +26,11 @@ _SETTLED_S = 10.0
 _TAKE_BACK_TIMEOUT_S = 5.0
 _DEATH_TIMEOUT_S = 1.0
 
+
+class MachineEnded(HypervisorError, UnavailableError):
+    """The machine died while it was grown; the message says of what."""
+
+
 _MEM_TOTAL = re.compile(r'^kata_guest_meminfo\{item="mem_total"\} (\S+)', re.MULTILINE)
 
 
@@ -176,4 +181,4 @@ class Online:
                     reason = await self._hypervisor.wait_dead()
             except (TimeoutError, HypervisorError):
                 raise error from None
-            raise HypervisorError(f"the machine ended while it was grown: {reason}") from error
+            raise MachineEnded(f"the machine ended while it was grown: {reason}") from error

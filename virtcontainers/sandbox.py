@@ -291,6 +291,8 @@ class Sandbox:
         """
         _check_id("container", config.id)
         self._require_alive()
+        if self.is_ending:
+            raise UnavailableError(f"container {config.id}: sandbox {self.id} is being ended")
         if config.id in self.containers:
             raise AlreadyExistsError(f"container {config.id} exists already in sandbox {self.id}")
         container = Container(self, config)
@@ -314,10 +316,24 @@ class Sandbox:
             self.remove_container(container)
 
     def remove_container(self, container: Container) -> None:
-        """Take a container that is gone from the guest and the host off the list."""
+        """Take a container that is gone from the guest and the host off the list; the CPUs that it alone had
+        are the pod's no longer."""
         self.containers.pop(container.id, None)
         if not self._deleted:
             self.save()
+            self.release_cpus()
+
+    def release_cpus(self) -> None:
+        """After a container asks for others than before. What fails is logged: the pod keeps more then."""
+        if self._vm is None or self.is_ending or self.is_dead:
+            return
+        try:
+            self._control_cpus()
+        except KataError as error:
+            self._log.warning("the pod's CPUs on the host are not those of its containers: %s", error)
+
+    def _asked(self) -> list[dict[str, Any]]:
+        return [c.resources for c in self.containers.values() if c.state is not ContainerState.STOPPED]
 
     async def update_resources(self) -> None:
         """Fit the machine to what its containers ask for, after Kata's `updateResources`: in steps, and with
@@ -329,18 +345,17 @@ class Sandbox:
         """
         assert self._vm is not None
         async with self._resizing:
-            asked = [c.resources for c in self.containers.values() if c.state is not ContainerState.STOPPED]
             try:
                 if not self.config.static_resource_mgmt:
                     async with self._told_of_death():
-                        await self._resize(asked)
+                        await self._resize(self._asked())
             except BaseException:
                 # Of a part of the way: what was plugged stays, and is the pod's.
                 with contextlib.suppress(KataError):
                     self._constrain()
                 raise
             self._constrain()
-            self._control_cpus(asked)
+            self._control_cpus()
 
     @contextlib.asynccontextmanager
     async def _told_of_death(self) -> AsyncIterator[None]:
@@ -356,6 +371,8 @@ class Sandbox:
                         self._death = await self._vm.hypervisor.wait_dead()
             if self._death:
                 raise UnavailableError(f"sandbox {self.id} is dead: {self._death}") from error
+            if self.is_ending:
+                raise UnavailableError(f"sandbox {self.id} is being ended: {error}") from error
             raise
 
     def _constrain(self) -> None:
@@ -382,11 +399,11 @@ class Sandbox:
         if memory_mib < 0 and defaults.enable_virtio_mem:
             await hypervisor.hotunplug_memory(-memory_mib, timeout_s=_UNPLUG_TIMEOUT_S)
 
-    def _control_cpus(self, asked: list[dict[str, Any]]) -> None:
+    def _control_cpus(self) -> None:
         """Hold the machine to the pod's CPUs on the host."""
         assert self._vm is not None
         threads = self._vm.hypervisor.get_thread_ids()
-        cpus, mems = cpuset(asked)
+        cpus, mems = cpuset(self._asked())
         self._cgroups.sandbox.update_cpuset(cpus, mems)
         if not self.config.enable_vcpus_pinning:
             return

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 RUN_DIRECTORY = "/run/kata-agent"
 _OOM_EVENTS_KEPT = 100
 _PAUSE_COMMAND = ("/bin/busybox", "sleep", "2147483647")
+_KILL_AGAIN_S = 0.05
 
 
 class Sandbox:
@@ -44,7 +45,8 @@ class Sandbox:
         self._wants_pause = False
         self._pause_pid = 0
         self._shared_pid_namespace: str | None = None
-        self._creating: set[str] = set()
+        self._creating: dict[str, asyncio.Event] = {}
+        """Set when it has ended, in one way or the other."""
         self._oom = OOMWatcher(self._add_oom_event)
         self._oom_events: collections.deque[str] = collections.deque(maxlen=_OOM_EVENTS_KEPT)
         self._oom_added = asyncio.Event()
@@ -103,11 +105,12 @@ class Sandbox:
             raise StatusError(Code.INVALID_ARGUMENT, f"{container_id!r} is no container id")
         if container_id in self.containers or container_id in self._creating:
             raise StatusError(Code.ALREADY_EXISTS, f"container {container_id} exists already")
-        self._creating.add(container_id)
+        ended = self._creating[container_id] = asyncio.Event()
         try:
             await self._create_container(request)
         finally:
-            self._creating.discard(container_id)
+            del self._creating[container_id]
+            ended.set()
 
     async def _create_container(self, request: agent_pb2.CreateContainerRequest) -> None:
         container_id = request.container_id
@@ -119,7 +122,7 @@ class Sandbox:
             self._crun,
             container_id,
             bundle=bundle,
-            cgroup=Cgroup(f"{self._cgroup_root.rstrip('/')}{cgroup_path}"),
+            cgroup=self._cgroup(container_id),
             owns_pid_namespace=pid_namespace is None,
         )
         await add_devices(list(request.devices), spec)
@@ -154,7 +157,18 @@ class Sandbox:
         self._container_mounts[container_id] = storages
         self._oom.add(container_id, container.cgroup)
 
+    def _cgroup(self, container_id: str) -> Cgroup:
+        return Cgroup(f"{self._cgroup_root.rstrip('/')}{CGROUP_PARENT}/{container_id}")
+
     async def remove_container(self, container_id: str) -> None:
+        """Also one whose creation is under way, for which the host has no more patience: it is cut short.
+
+        Raises StatusError (NOT_FOUND) when there is none, then.
+        """
+        while (ended := self._creating.get(container_id)) is not None:
+            self._cgroup(container_id).signal(signal.SIGKILL)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), _KILL_AGAIN_S)
         container = self.container(container_id)
         await container.stop()
         self._oom.remove(container_id)

@@ -26,7 +26,7 @@ _CAPABILITIES = (
 )  # fmt: skip
 
 _APPLETS = (
-    "dd", "find", "kill", "ls", "md5sum", "mkdir", "mount", "rm", "sed", "sort", "stat", "sync", "wc",
+    "dd", "find", "kill", "ls", "md5sum", "mkdir", "mount", "rm", "seq", "sort", "stat", "sync", "wc",
     "xargs",
 )  # fmt: skip
 

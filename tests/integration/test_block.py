@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +25,10 @@ from test_sandbox import booting, container_config, run, sandbox_config, spec
 
 from virtcontainers import direct_volume
 from virtcontainers.config import ContainerConfig, Mount, SharedFS
+from virtcontainers.device import manager
+from virtcontainers.device.block import DeviceInfo
 from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from virtcontainers.fs_share import FilesystemShare
 from virtcontainers.sandbox import Sandbox, create_sandbox
 
 T = TypeVar("T")
@@ -337,6 +341,54 @@ def test_a_direct_volume_is_mounted_by_the_guest_measured_and_grows(
     # A new file is the group's because its folder is setgid.
     assert re.search(r"Group:\s+1234\b", show.stdout)
     subprocess.run(["e2fsck", "-fn", str(disk)], check=True, capture_output=True)
+
+
+def test_a_guest_chooses_no_disk_of_the_host(pod: Pod, tmp_path: Path) -> None:
+    """It has made a symlink in a volume of its own, and the kubelet names the path as a sub-path."""
+    share = FilesystemShare(new_id("other"))
+    share.prepare()
+    try:
+        volume = tmp_path / "volume"
+        volume.mkdir()
+        share.share_file("c", volume, "/data", readonly=False)
+        with loop(image(tmp_path / "disk", 8, fs=False)) as device:
+            (volume / "link").symlink_to(device)
+            os.mknod(volume / "node", 0o600 | stat.S_IFBLK, Path(device).stat().st_rdev)
+            for name in ("link", "node"):
+                mount = {
+                    "destination": "/x",
+                    "type": "bind",
+                    "source": str(volume / name),
+                    "options": ["rbind"],
+                }
+                with pytest.raises(InvalidArgumentError, match=f"/x.*{name}: a guest can write in {volume}"):
+                    pod.run(pod.container("subpath", "true", mounts=[mount]))
+    finally:
+        share.cleanup()
+
+
+def test_a_disk_that_the_guest_keeps_is_not_waited_for_for_ever(
+    pod: Pod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if pod.sandbox.config.hypervisor.block_device_driver == "virtio-scsi":
+        pytest.skip("QEMU does not ask the guest for a SCSI disk")
+    monkeypatch.setattr(manager, "_UNPLUG_TIMEOUT_S", 0.5)
+    hypervisor, devices = pod.sandbox.hypervisor, pod.sandbox.devices
+    disk = DeviceInfo(path=image(tmp_path / "disk", 8, fs=False))
+    before = pod.disks()
+    monitor = hypervisor.monitor  # type: ignore[attr-defined]
+
+    async def body() -> None:
+        device = await devices.attach(hypervisor, disk)
+        await monitor.execute("stop")
+        await devices.detach(hypervisor, device)
+        await monitor.execute("cont")
+        assert "has not let go of virtio-drive" in caplog.text
+        # It is none of anybody's business any more, and can be plugged in once more.
+        await devices.detach(hypervisor, await devices.attach(hypervisor, disk))
+
+    pod.await_(body())
+    assert len(pod.disks()) <= len(before) + 1
 
 
 def test_a_root_that_is_no_disk_is_refused_where_nothing_is_shared(pod: Pod) -> None:

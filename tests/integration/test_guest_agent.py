@@ -691,6 +691,24 @@ def test_removing_a_container_ends_whatever_runs(run: Run) -> None:
     run(body)
 
 
+def test_a_container_that_is_removed_while_it_is_created_is_gone(run: Run) -> None:
+    """As a host does that has waited for it as long as it would."""
+
+    def slow(spec: dict[str, Any]) -> None:
+        spec["hooks"] = {"prestart": [{"path": "/bin/sleep", "args": ["sleep", "3"]}]}
+
+    async def body(agent: Agent) -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(agent.create(["sleep", "1000"], change=slow), 1)
+        with contextlib.suppress(StatusError):
+            await agent.remove(agent.created[0])
+        with pytest.raises(StatusError) as raised:
+            await agent.remove(agent.created[0])
+        assert raised.value.code == Code.NOT_FOUND
+
+    run(body)
+
+
 def test_a_container_starts_once(run: Run) -> None:
     async def body(agent: Agent) -> None:
         container_id = await agent.start(["sleep", "1000"])

@@ -274,6 +274,20 @@ def test_each_vcpu_has_a_cpu_of_its_own_while_there_are_as_many(crictl: Crictl) 
         assert refused.returncode != 0
         assert "cpuset.cpus: '0,77' is refused" in refused.stderr
         assert pod.exec(container, "echo", "alive").stdout == "alive\n"
+        # A quota that is too small for the guest's kernel: then nothing has changed on the host either.
+        quota = ("--cpu-period", "100000", "--cpu-quota", "10")
+        refused = crictl("update", "--cpuset-cpus", "1", *quota, container, check=False)
+        assert refused.returncode != 0
+        assert "cpu.max" in refused.stderr
+        assert affinities() == [{0}, {1}]
+        # The CPUs of a container that has gone are the pod's no longer.
+        crictl("update", "--cpuset-cpus", "1", container)
+        other = pod.start("other", *SLEEP, linux={"resources": {"cpuset_cpus": "0"}})
+        assert affinities() == [{0}, {1}]
+        crictl("stop", other)
+        crictl("rm", other)
+        assert value("cpuset", f"/kpy-test/{pod.name}/kata_{pod.id}", "cpuset.cpus") == "1"
+        assert affinities() == [{1}, {1}]
 
 
 @on_v1

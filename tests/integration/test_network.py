@@ -77,50 +77,51 @@ def succeeds(ctr: Ctr, pod: str, *command: str) -> str:
     return result.stdout.decode()
 
 
+@pytest.fixture(scope="class")
+def nets(lan: None) -> Iterator[tuple[Namespace, Namespace]]:
+    with namespace() as one, namespace() as two:
+        one.add_eth0()
+        two.add_eth0(mtu=1400)
+        two.add_veth("net1", mtu=9000)
+        two.sh("""
+            ip addr add 10.77.0.2/32 dev net1
+            ip addr add 10.77.0.3/24 dev net1
+            ip route add 10.78.0.0/16 via 169.254.1.1 dev net1 onlink metric 20
+            ip route add 10.79.0.0/16 via 10.77.0.9 dev net1 metric 7 src 10.77.0.3
+            ip route add 10.80.0.0/16 via 10.77.0.9 dev net1 mtu 1280
+            ip route add 10.81.1.1 dev net1 scope link
+            ip route add default via 10.77.0.9 dev net1 metric 300
+            ip -6 route add fd00:77::/64 dev eth0 metric 77
+            ip neigh add 10.77.0.9 lladdr 02:00:00:00:77:09 dev net1 nud permanent
+            ip -6 neigh add fd00:255::77 lladdr 02:00:00:00:77:77 dev eth0 nud permanent
+        """)
+        yield one, two
+
+
+@pytest.fixture(scope="class")
+def pods(
+    ctr: Ctr,
+    template: Templates,
+    nets: tuple[Namespace, Namespace],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[str, str]]:
+    one, two = nets
+    before = one.state(), two.state()
+    path = tmp_path_factory.mktemp("b") / "configuration.toml"
+    write_kata_config(path, {"hypervisor.qemu": {"default_vcpus": 2, "shared_fs": "virtio-9p"}})
+    booted = ("--runtime-config-path", str(path))
+    with (
+        ctr.detached(new_id("booted"), *SLEEP, options=(*booted, *one.options)) as first,
+        ctr.detached(new_id("cloned"), *SLEEP, options=(*template.options, *two.options)) as second,
+    ):
+        assert "-incoming" not in qemu_arguments(processes_of(first, "qemu-system")[0])
+        assert "-incoming" in qemu_arguments(processes_of(second, "qemu-system")[0])
+        yield first, second
+    assert (one.state(), two.state()) == before
+
+
 class TestTwoPods:
     """On one bridge with the host, one booted and one cloned."""
-
-    @pytest.fixture(scope="class")
-    def nets(self) -> Iterator[tuple[Namespace, Namespace]]:
-        with namespace() as one, namespace() as two:
-            one.add_eth0()
-            two.add_eth0(mtu=1400)
-            two.add_veth("net1", mtu=9000)
-            two.sh("""
-                ip addr add 10.77.0.2/32 dev net1
-                ip addr add 10.77.0.3/24 dev net1
-                ip route add 10.78.0.0/16 via 169.254.1.1 dev net1 onlink metric 20
-                ip route add 10.79.0.0/16 via 10.77.0.9 dev net1 metric 7 src 10.77.0.3
-                ip route add 10.80.0.0/16 via 10.77.0.9 dev net1 mtu 1280
-                ip route add 10.81.1.1 dev net1 scope link
-                ip route add default via 10.77.0.9 dev net1 metric 300
-                ip -6 route add fd00:77::/64 dev eth0 metric 77
-                ip neigh add 10.77.0.9 lladdr 02:00:00:00:77:09 dev net1 nud permanent
-                ip -6 neigh add fd00:255::77 lladdr 02:00:00:00:77:77 dev eth0 nud permanent
-            """)
-            yield one, two
-
-    @pytest.fixture(scope="class")
-    def pods(
-        self,
-        ctr: Ctr,
-        template: Templates,
-        nets: tuple[Namespace, Namespace],
-        tmp_path_factory: pytest.TempPathFactory,
-    ) -> Iterator[tuple[str, str]]:
-        one, two = nets
-        before = one.state(), two.state()
-        path = tmp_path_factory.mktemp("b") / "configuration.toml"
-        write_kata_config(path, {"hypervisor.qemu": {"default_vcpus": 2, "shared_fs": "virtio-9p"}})
-        booted = ("--runtime-config-path", str(path))
-        with (
-            ctr.detached(new_id("booted"), *SLEEP, options=(*booted, *one.options)) as first,
-            ctr.detached(new_id("cloned"), *SLEEP, options=(*template.options, *two.options)) as second,
-        ):
-            assert "-incoming" not in qemu_arguments(processes_of(first, "qemu-system")[0])
-            assert "-incoming" in qemu_arguments(processes_of(second, "qemu-system")[0])
-            yield first, second
-        assert (one.state(), two.state()) == before
 
     def test_they_have_what_their_namespaces_have(
         self, ctr: Ctr, pods: tuple[str, str], nets: tuple[Namespace, Namespace]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from agent_client.protocols import agent_pb2
 from virtcontainers.device.block import DeviceInfo, Key, key_of, opened
 from virtcontainers.errors import InvalidArgumentError, KataError
+from virtcontainers.fs_share import guests_folder
 from virtcontainers.hypervisor.base import Hypervisor
-from virtcontainers.hypervisor.hotplug_block import PluggedDrive
+from virtcontainers.hypervisor.hotplug_block import BlockDrive, PluggedDrive
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +61,19 @@ class DeviceManager:
         """Whether it could be plugged in, as far as that is known before. Raises KataError's classes."""
         device = self._devices.get(key_of(info.path))
         if device is None or device.plugged is None:
-            self._allow(info.path)
-            with opened(info):
+            with self._opened(info):
                 pass
+
+    @contextlib.contextmanager
+    def _opened(self, info: DeviceInfo) -> Iterator[tuple[Key, BlockDrive]]:
+        if (folder := guests_folder(info.path)) is not None:
+            # Whose root user makes symlinks and device nodes there.
+            raise InvalidArgumentError(
+                f"block device {info.path}: a guest can write in {folder}, expected another path"
+            )
+        self._allow(info.path)
+        with opened(info) as found:
+            yield found
 
     async def attach(self, hypervisor: Hypervisor, info: DeviceInfo) -> BlockDevice:
         """Plug it in unless it is, for one `detach`. Raises KataError's classes."""
@@ -69,8 +81,7 @@ class DeviceManager:
         device = self._devices.setdefault(key, BlockDevice(key))
         async with device.lock:
             if device.attach_count == 0:
-                self._allow(info.path)
-                with opened(info) as (found, drive):
+                with self._opened(info) as (found, drive):
                     if found != key:
                         raise InvalidArgumentError(f"block device {info.path} has become another")
                     device.plugged = await hypervisor.hotplug_block(drive)

@@ -778,7 +778,9 @@ class Qemu(Hypervisor):
 
     @property
     def monitor(self) -> QMP:
-        assert self._qmp is not None
+        """Raises HypervisorError: a machine may be ended while it is being changed."""
+        if self._qmp is None:
+            raise HypervisorError(f"the machine is {self.state.value}, expected one with a monitor")
         return self._qmp
 
 

@@ -82,7 +82,12 @@ class NamespaceChild:
     def _start(cls, namespace: int) -> NamespaceChild:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         parent = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            ours.close()
+            theirs.close()
+            raise KataError(f"no process for the network namespace: {error.strerror}") from error
         if pid == 0:
             _become_child(parent, namespace, theirs.fileno())
         theirs.close()

@@ -35,6 +35,8 @@ VHOST_NET = Path("/dev/vhost-net")
 _SETTLE_S = 0.2
 """Who sets up a link makes a dozen changes, one after another."""
 _UNPLUG_TIMEOUT_S = 30.0
+_MOST_QUEUES = 64
+"""Of a card; all its descriptors come in one message."""
 
 _FALLBACK_LINKS = frozenset(
     ("lo", "sit0", "tunl0", "ip6tnl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "ip6gre0")
@@ -77,7 +79,7 @@ class Network:
         self.endpoints: list[Endpoint] = []
         self._planned: dict[int, dict[str, Any]] = {}
         """What has to be undone in the end, by the link's index."""
-        self._queues = max(1, hypervisor.default_vcpus)
+        self._queues = min(max(1, hypervisor.default_vcpus), _MOST_QUEUES)
         self._vhost_net = not hypervisor.disable_vhost_net and VHOST_NET.exists()
         self._on_planned = on_planned
         self._path = config.network_namespace
@@ -87,6 +89,8 @@ class Network:
         self._taps: set[int] = set()
         self._is_stale = False
         """There were changes since the namespace was looked at."""
+        self._guest_knows = True
+        """It was told of all that was seen."""
         self._timer: asyncio.TimerHandle | None = None
         self._lock = asyncio.Lock()
         """Of all that is done to the machine's cards and the guest's network."""
@@ -196,7 +200,7 @@ class Network:
             if endpoint.model is not InterworkingModel.TCFILTER:
                 # What the link had is the guest's alone now.
                 info = replace(endpoint.info, name=info.name, mtu=info.mtu)
-            if info != endpoint.info:
+            if info != endpoint.info or not self._guest_knows:
                 if info.mtu != endpoint.info.mtu and endpoint.tap != info.name:
                     await child.call("set_mtu", name=endpoint.tap, mtu=info.mtu)
                 endpoint.info = info
@@ -247,8 +251,9 @@ class Network:
             try:
                 await self._apply(await self._look(strict=strict))
             except BaseException:
-                # What has no card is new again next time.
+                # What has no card is new again next time, and the guest is told of the others anew.
                 self.endpoints = [each for each in self.endpoints if each.pci_path]
+                self._guest_knows = False
                 raise
             finally:
                 if self._machine is not None:
@@ -261,9 +266,8 @@ class Network:
         hypervisor, agent = self._machine
         try:
             for endpoint in changes.gone:
+                await hypervisor.hotunplug_net(endpoint.tap, timeout_s=_UNPLUG_TIMEOUT_S)
                 self.endpoints.remove(endpoint)
-                if endpoint.pci_path:
-                    await hypervisor.hotunplug_net(endpoint.tap, timeout_s=_UNPLUG_TIMEOUT_S)
                 self._log.info("%s has gone from the pod", endpoint.info.name)
             for endpoint, device in changes.new:
                 endpoint.pci_path = await hypervisor.hotplug_net(device)
@@ -275,6 +279,7 @@ class Network:
         await agent.update_routes(agent_routes(self.endpoints))
         if neighbors := agent_neighbors((*new, *changes.changed)):
             await agent.add_arp_neighbors(neighbors)
+        self._guest_knows = True
         for endpoint in new:
             self._log.info("the pod has %s (%s) by %s", endpoint.info.name, endpoint.type, endpoint.tap)
 

@@ -1,15 +1,17 @@
-"""What a sandbox refuses before it leaves a trace."""
+"""What a sandbox refuses before it leaves a trace, and updates that come at once."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
+from virtcontainers.agent import KataAgent
 from virtcontainers.config import (
     RUN_VC,
     AgentConfig,
@@ -22,12 +24,36 @@ from virtcontainers.config import (
     SandboxConfig,
 )
 from virtcontainers.container import Container
-from virtcontainers.errors import InvalidArgumentError
+from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from virtcontainers.factory import Factory
 from virtcontainers.factory.direct import Direct
 from virtcontainers.persist import sandbox_dir
-from virtcontainers.sandbox import _dns, create_sandbox
-from virtcontainers.vm import VMConfig
+from virtcontainers.sandbox import Sandbox, _dns, create_sandbox
+from virtcontainers.vm import VM, VMConfig
+
+
+def sandbox_config(
+    sandbox_id: str, bundle: Path, template_path: Path = Path("/run/elsewhere")
+) -> SandboxConfig:
+    return SandboxConfig(
+        id=sandbox_id,
+        hostname="",
+        hypervisor=HypervisorConfig(),
+        agent=AgentConfig(),
+        factory=FactoryConfig(template_path=template_path),
+        network=NetworkConfig(),
+        container=ContainerConfig(
+            id=sandbox_id,
+            bundle=bundle,
+            rootfs=RootFs(target=bundle),
+            spec={},
+            container_type=ContainerType.SINGLE_CONTAINER,
+        ),
+    )
+
+
+def factory(config: SandboxConfig) -> Factory:
+    return Factory(Direct(VMConfig(config.hypervisor, config.agent)))
 
 
 @pytest.mark.parametrize(
@@ -42,27 +68,57 @@ from virtcontainers.vm import VMConfig
 )
 def test_a_name_of_the_factorys_is_no_pods(tmp_path: Path, sandbox_id: str, template_path: Path) -> None:
     """Its machine would live in the template's directory, or be ended as one that the cache has lost."""
-    config = SandboxConfig(
-        id=sandbox_id,
-        hostname="",
-        hypervisor=HypervisorConfig(),
-        agent=AgentConfig(),
-        factory=FactoryConfig(template_path=template_path),
-        network=NetworkConfig(),
-        container=ContainerConfig(
-            id=sandbox_id,
-            bundle=tmp_path,
-            rootfs=RootFs(target=tmp_path),
-            spec={},
-            container_type=ContainerType.SINGLE_CONTAINER,
-        ),
-    )
-    factory = Factory(Direct(VMConfig(config.hypervisor, config.agent)))
+    config = sandbox_config(sandbox_id, tmp_path, template_path)
     with pytest.raises(
         InvalidArgumentError, match=f"sandbox id '{sandbox_id}': found a name of the VM factory"
     ):
-        asyncio.run(create_sandbox(config, factory))
+        asyncio.run(create_sandbox(config, factory(config)))
     assert not sandbox_dir(sandbox_id).exists()
+
+
+def test_a_pod_that_is_being_ended_takes_no_container(tmp_path: Path) -> None:
+    config = sandbox_config("ending", tmp_path)
+
+    async def body() -> None:
+        sandbox = Sandbox(config, factory(config))
+        sandbox._vm = cast("VM", object())
+        sandbox.is_ending = True
+        with pytest.raises(UnavailableError, match="container late: sandbox ending is being ended"):
+            await sandbox.create_container(replace(config.container, id="late"))
+        assert sandbox.containers == {}
+
+    asyncio.run(body())
+
+
+class Small(Sandbox):
+    """Its machine has room for 1 GiB, and time passes until that is known."""
+
+    async def update_resources(self) -> None:
+        await asyncio.sleep(0.01)
+        if any(c.resources["memory"]["limit"] > 1 << 30 for c in self.containers.values()):
+            raise FailedPreconditionError("there is room for 1 GiB")
+
+
+class Obedient:
+    async def update_container(self, container_id: str, resources: dict[str, Any]) -> None:
+        pass
+
+
+def test_an_update_that_is_refused_takes_nothing_from_one_at_the_same_time(tmp_path: Path) -> None:
+    config = sandbox_config("pod", tmp_path)
+
+    async def body() -> None:
+        sandbox = Small(config, factory(config))
+        sandbox.agent = cast("KataAgent", Obedient())
+        container = Container(sandbox, config.container)
+        container.resources = {"memory": {"limit": 1 << 20}}
+        sandbox.containers["pod"] = container
+        updates: list[dict[str, Any]] = [{"memory": {"limit": 1 << 40}}, {"cpu": {"quota": 1000}}]
+        refused, done = await asyncio.gather(*map(container.update, updates), return_exceptions=True)
+        assert (type(refused), done) == (FailedPreconditionError, None)
+        assert container.resources == {"memory": {"limit": 1 << 20}, "cpu": {"quota": 1000}}
+
+    asyncio.run(body())
 
 
 def resolver_of(source: Path) -> Container:
