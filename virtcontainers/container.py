@@ -191,9 +191,8 @@ class Container:
 
     async def size_tmpfs(self, *, limited: bool = False) -> None:
         """Fit volumes in memory to the machine's; with `limited` also those that have a limit to theirs."""
-        if self._in_guest and (
-            storages := self._volumes.tmpfs_to_size(self.sandbox.memory_mib, limited=limited)
-        ):
+        is_created = self._in_guest and not self._guest_spec
+        if is_created and (storages := self._volumes.tmpfs_to_size(self.sandbox.memory_mib, limited=limited)):
             await self.sandbox.agent.update_ephemeral_mounts(storages)
 
     async def _copy_files(self, files: list[CopiedFile]) -> None:

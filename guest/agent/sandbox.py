@@ -148,6 +148,7 @@ class Sandbox:
         except BaseException:
             self._storages.release(storages, bundle)
             container.remove_files()
+            copy_file.remove_copies(container_id)
             raise
         if not self.containers and self._shared_pid_namespace is None:
             # Who shares a PID namespace without a pause process shares the first container's.
