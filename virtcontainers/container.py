@@ -130,10 +130,6 @@ class Container:
         self._volumes = Volumes(
             config.id, config.spec, sandbox.config, sandbox.fs_share, local_dir=sandbox.local_dir
         )
-        self._storages: list[agent_pb2.Storage] = []
-        """What the guest mounts for this container, in this order."""
-        self._devices: list[agent_pb2.Device] = []
-        """What of `linux.devices` was plugged into the machine."""
 
     def require(self, *states: ContainerState) -> None:
         """Raise FailedPreconditionError unless the container is in one of `states`."""
@@ -183,8 +179,8 @@ class Container:
             self._guest_spec,
             sandbox_pidns=self._sandbox_pidns,
             timeout_s=self.sandbox.config.create_container_timeout_s,
-            storages=[*self.disks.storages, *self._volumes.storages, *self._storages],
-            devices=[*self.disks.devices, *self._devices],
+            storages=[*self.disks.storages, *self._volumes.storages],
+            devices=self.disks.devices,
         )
         self._guest_spec = {}
         await self.size_tmpfs(limited=True)
