@@ -177,7 +177,7 @@ make_venv() {
     "$1/bin/python" -m pip install --disable-pip-version-check --require-hashes --only-binary :all: -r "$2"
 }
 
-crictl_version=v1.32.0
+crictl_version=v1.34.0
 
 # crictl into $cache_dir/bin from the Go module proxy, where Go is there; else the distribution's package. Where neither
 # gives it, that is no failure: hack/cri_client.py has its commands.
