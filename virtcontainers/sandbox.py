@@ -382,6 +382,7 @@ class Sandbox:
     async def _resize(self, asked: list[dict[str, Any]]) -> None:
         assert self._vm is not None
         hypervisor, defaults = self._vm.hypervisor, self.config.hypervisor
+        await self._vm.find_size()
         vcpus = wanted_vcpus(defaults.default_vcpus, asked) - hypervisor.vcpus
         memory_mib = wanted_memory_mib(defaults.default_memory_mib, asked) - hypervisor.memory_mib
         # Memory can be refused, vCPUs are as many as there may be: who is refused has got nothing.
