@@ -312,6 +312,11 @@ class Sandbox:
     async def _roll_back(self, container: Container) -> None:
         try:
             await container.cleanup()
+        except KataError as error:
+            # Why there is anything to undo is what the caller is told.
+            self._log.error(
+                "of container %s, which was not created, something stays: %s", container.id, error
+            )
         finally:
             self.remove_container(container)
 

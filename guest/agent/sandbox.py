@@ -156,6 +156,8 @@ class Sandbox:
         self.containers[container_id] = container
         self._container_mounts[container_id] = storages
         self._oom.add(container_id, container.cgroup)
+        # Before those who wait for the exit hear of it: it is the reason.
+        container.init.exited.add_done_callback(lambda _: self._oom.check(container_id))
 
     def _cgroup(self, container_id: str) -> Cgroup:
         return Cgroup(f"{self._cgroup_root.rstrip('/')}{CGROUP_PARENT}/{container_id}")
