@@ -45,6 +45,8 @@ class _Entry:
         self.users = 1
         self.shared = shared
         self.mounted = False
+        self.is_ready = False
+        self.lock = asyncio.Lock()
 
 
 class Storages:
@@ -67,13 +69,18 @@ class Storages:
                 if storage.fstype == "hugetlbfs":
                     self._set_huge_pages_aside(storage, bundle)
                 entry = self._entries.get(storage.mount_point)
-                if entry is not None:
+                if entry is None:
+                    self._entries[storage.mount_point] = entry = _Entry(shared=storage.shared)
+                else:
                     entry.users += 1
-                    added.append(storage.mount_point)
-                    continue
-                self._entries[storage.mount_point] = entry = _Entry(shared=storage.shared)
                 added.append(storage.mount_point)
-                entry.mounted = await self._mount(storage, bundle)
+                # Two containers that come at once: the second waits for the first's disk.
+                async with entry.lock:
+                    if not entry.is_ready:
+                        entry.mounted = entry.mounted or await self._mount(storage, bundle)
+                        if storage.HasField("fs_group"):
+                            _set_ownership(storage)
+                        entry.is_ready = True
         except BaseException:
             self.release(added, bundle)
             raise
@@ -156,8 +163,6 @@ class Storages:
                 Code.INTERNAL,
                 f"mount {source} ({fstype}, {','.join(options)}) at {storage.mount_point}: {error.strerror}",
             ) from error
-        if storage.HasField("fs_group"):
-            _set_ownership(storage)
         return True
 
     def _watch(self, storage: agent_pb2.Storage) -> bool:
