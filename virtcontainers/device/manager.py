@@ -86,9 +86,11 @@ class DeviceManager:
                         raise InvalidArgumentError(f"block device {info.path} has become another")
                     device.plugged = await hypervisor.hotplug_block(drive)
                 device.readonly = info.readonly
-            elif device.readonly and not info.readonly:
+            elif device.readonly != info.readonly and (device.readonly or not info.has_filesystem):
+                # Of a file system each has a mount of its own, which can be read-only.
+                found_it = "read-only" if device.readonly else "writable"
                 raise InvalidArgumentError(
-                    f"block device {info.path}: found it read-only in the machine already, for another "
+                    f"block device {info.path}: found it {found_it} in the machine already, for another "
                     "container of the pod, expected all of them to write or none"
                 )
             device.attach_count += 1
