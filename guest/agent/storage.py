@@ -51,6 +51,8 @@ class _Entry:
         self.mounted = False
         self.is_disk = False
         """A file system of ours alone, which is to be whole when the host takes the disk out."""
+        self.is_ready = False
+        self.lock = asyncio.Lock()
 
 
 class Storages:
@@ -73,14 +75,19 @@ class Storages:
                 if storage.fstype == "hugetlbfs":
                     self._set_huge_pages_aside(storage, bundle)
                 entry = self._entries.get(storage.mount_point)
-                if entry is not None:
+                if entry is None:
+                    self._entries[storage.mount_point] = entry = _Entry(shared=storage.shared)
+                else:
                     entry.users += 1
-                    added.append(storage.mount_point)
-                    continue
-                self._entries[storage.mount_point] = entry = _Entry(shared=storage.shared)
                 added.append(storage.mount_point)
-                entry.mounted = await self._mount(storage, bundle)
-                entry.is_disk = storage.driver in _DISKS and storage.fstype != "bind"
+                # Two containers that come at once: the second waits for the first's disk.
+                async with entry.lock:
+                    if not entry.is_ready:
+                        entry.mounted = entry.mounted or await self._mount(storage, bundle)
+                        entry.is_disk = storage.driver in _DISKS and storage.fstype != "bind"
+                        if storage.HasField("fs_group"):
+                            _set_ownership(storage)
+                        entry.is_ready = True
         except BaseException:
             self.release(added, bundle)
             raise
@@ -165,8 +172,6 @@ class Storages:
                 Code.INTERNAL,
                 f"mount {source} ({fstype}, {','.join(options)}) at {storage.mount_point}: {error.strerror}",
             ) from error
-        if storage.HasField("fs_group"):
-            _set_ownership(storage)
         return True
 
     def _watch(self, storage: agent_pb2.Storage) -> bool:

@@ -216,6 +216,13 @@ def test_a_device_that_two_containers_have_is_plugged_in_once_and_out_at_the_end
         reading = pod.container(
             "read", "until read l < /dev/xvdz && [ $l ]; do :; done; echo $l", devices=[entry]
         )
+        # What it may only read the guest cannot write, whatever it does.
+        readonly = pod.container(
+            "readonly",
+            "echo x > /dev/xvdz; read line < /dev/xvdz; echo $line",
+            devices=[entry],
+            resources={"devices": [{"allow": False, "access": "rwm"}, rule]},
+        )
         disks = pod.disks()
 
         async def body() -> None:
@@ -233,20 +240,15 @@ def test_a_device_that_two_containers_have_is_plugged_in_once_and_out_at_the_end
                 found = await pod.sandbox.hypervisor.monitor.execute("query-named-block-nodes")  # type: ignore[attr-defined]
                 # The roots' are others.
                 assert sum(node["drv"] == "host_device" for node in found) == 1
+                with pytest.raises(InvalidArgumentError, match=f"{device}: found it writable in the machine"):
+                    await pod.sandbox.create_container(replace(readonly, id=new_id("readonly")))
             finally:
                 await first.stop()
                 await first.delete()
 
         pod.await_(body())
         assert pod.disks() == disks
-        # What it may only read the guest cannot write, whatever it does.
-        refused = pod.container(
-            "readonly",
-            "echo x > /dev/xvdz; read line < /dev/xvdz; echo $line",
-            devices=[entry],
-            resources={"devices": [{"allow": False, "access": "rwm"}, rule]},
-        )
-        assert pod.run(refused).endswith("hello\n")
+        assert pod.run(readonly).endswith("hello\n")
         assert Path(device).read_bytes()[:6] == b"hello\n"
 
 
@@ -314,6 +316,8 @@ def test_a_direct_volume_is_mounted_by_the_guest_measured_and_grows(
             try:
                 await container.start()
                 assert await container.process.read_stdout(100) == b"written\n"
+                other = await sandbox.create_container(pod.container("other", "true", mounts))
+                await other.delete()
                 assert direct_volume.sandbox_id_for_volume(str(volume)) == sandbox.id
                 before = await sandbox.guest_volume_stats(device)
                 assert 4 * MIB < before.usage[0].total <= 8 * MIB
