@@ -161,6 +161,9 @@ def test_two_vcpus_and_512_mib_are_there_when_the_call_returns(
             assert await size(vm) == (vcpus + 2, memory_mib + 512)
             assert (vm.hypervisor.vcpus, vm.hypervisor.memory_mib) == (vcpus + 2, MEMORY_MIB + 512)
             assert len(set(vm.hypervisor.get_thread_ids().values())) == vcpus + 2
+            backend = {"path": "/objects/memory0", "property": "share"}
+            is_shared = await vm.hypervisor.monitor.execute("qom-get", backend)
+            assert is_shared is (kind is SharedFS.VIRTIO_FS), "with whom needs it, and nobody else"
             # A pod's second container.
             await grow(vm, 1, 1)
             assert await size(vm) == (vcpus + 3, memory_mib + 512 + BLOCK_MIB)
