@@ -165,11 +165,14 @@ def test_a_clone_gets_the_interfaces_routes_and_neighbours_it_is_told(template: 
                     route(dest="10.6.0.0/16", gateway="10.7.7.7", device="eth0", flags=4),
                     route(gateway="fd88::1", device="eth1", family=types_pb2.v6),
                     route(dest="fd77::/64", device="eth1", family=types_pb2.v6, priority=7),
+                    route(dest="10.8.0.0/16", gateway="fd88::9", device="eth1", priority=9),
                 ]
             )
+            # busybox does not tell of a gateway of the other family.
             assert sorted(await guest.words("ip route")) == [
                 "10.5.0.0/16 via 169.254.1.1 dev eth0",
                 "10.6.0.0/16 via 10.7.7.7 dev eth0 onlink",
+                "10.8.0.0/16 dev eth1 metric 9",
                 "10.88.0.0/24 dev eth1 scope link src 10.88.0.2",
                 "169.254.1.1 dev eth0 scope link src 10.99.0.2",
                 "default via 10.88.0.1 dev eth1",
@@ -180,6 +183,7 @@ def test_a_clone_gets_the_interfaces_routes_and_neighbours_it_is_told(template: 
             assert "fd77::/64 dev eth1 metric 7" in ipv6
             found = {(r.dest, r.gateway, r.device, r.priority, r.mtu) for r in await agent.list_routes()}
             assert ("0.0.0.0/0", "10.88.0.9", "eth1", 50, 1300) in found
+            assert ("10.8.0.0/16", "fd88::9", "eth1", 9, 0) in found
 
             await agent.add_arp_neighbors(
                 [
