@@ -99,9 +99,11 @@ class FilesystemShare:
 
     def unshare_root_filesystem(self, container_id: str, rootfs: RootFs) -> None:
         """Idempotent. The target itself is containerd's and stays."""
-        self.unshare_container(container_id)
-        if rootfs.mounts:
-            mount.unmount_below(rootfs.target)
+        try:
+            self.unshare_container(container_id)
+        finally:
+            if rootfs.mounts:
+                mount.unmount_below(rootfs.target)
 
     def unshare_container(self, container_id: str) -> None:
         """Take the container's root back out of the share; idempotent."""

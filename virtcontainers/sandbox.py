@@ -76,7 +76,10 @@ async def create_sandbox(config: SandboxConfig, factory: Factory, *, prestart: H
     try:
         await sandbox._start(prestart)
     except BaseException:
-        await asyncio.shield(sandbox.delete())
+        try:
+            await asyncio.shield(sandbox.delete())
+        except KataError as left:
+            sandbox._log.warning("something of the pod stays: %s", left)
         raise
     return sandbox
 
@@ -505,7 +508,11 @@ class Sandbox:
             return
         if not self.is_dead:
             await asyncio.gather(*(c.stop(force=True) for c in self.containers.values()))
-            await asyncio.gather(*(c.cleanup() for c in self.containers.values()))
+            for failure in await asyncio.gather(
+                *(c.cleanup() for c in self.containers.values()), return_exceptions=True
+            ):
+                if failure is not None:
+                    self._log.warning("of a container something stays: %s", failure)
             try:
                 # Not a courtesy: it unmounts the share, and with it writes back what the guest has cached.
                 await self.agent.destroy_sandbox(_DESTROY_TIMEOUT_S)
@@ -522,16 +529,19 @@ class Sandbox:
             return
         await self.stop()
         self._deleted = True
-        for container in list(self.containers.values()):
-            await container.cleanup()
+        # All is tried, the last first, whatever fails.
+        async with contextlib.AsyncExitStack() as rest:
+            rest.callback(cleanup.remove_host_state, self.id)
+            rest.callback(self._cgroups.delete)
+            rest.push_async_callback(self._delete_network)
+            for container in self.containers.values():
+                rest.push_async_callback(container.cleanup)
+
+    async def _delete_network(self) -> None:
         try:
             await self.network.delete()
         except KataError as error:
             self._log.warning("the network namespace is not as it was: %s", error)
-        try:
-            self._cgroups.delete()
-        finally:
-            cleanup.remove_host_state(self.id)
 
     def _save_network(self, planned: dict[str, Any]) -> None:
         self._state.network = planned

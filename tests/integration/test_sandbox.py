@@ -42,7 +42,9 @@ from virtcontainers.errors import (
 )
 from virtcontainers.factory import Factory
 from virtcontainers.factory.direct import Direct
+from virtcontainers.fs_share import FilesystemShare
 from virtcontainers.hypervisor.hotplug import NotOnline
+from virtcontainers.mount import mounts_below
 from virtcontainers.sandbox import Sandbox, create_sandbox
 from virtcontainers.vm import VMConfig
 
@@ -319,6 +321,28 @@ def test_cleanup_takes_a_pod_off_the_host_whose_owner_was_killed(tmp_path: Path,
     with pytest.raises(NotFoundError):
         persist.load(pod)
     asyncio.run(cleanup(pod, pod))
+
+
+def test_what_would_not_go_is_all_that_stays_and_hides_no_reason(tmp_path: Path, guest_image: Path) -> None:
+    pod = new_id("pod")
+    config = sandbox_config(tmp_path, guest_image, pod, spec("true"))
+    odd = FilesystemShare(pod).root / "mounts" / pod / "odd"
+
+    async def put_it_there(sandbox: Sandbox) -> None:
+        odd.write_text("content")
+        raise InvalidArgumentError("the hook's reason")
+
+    try:
+        with pytest.raises(InvalidArgumentError, match="the hook's reason"):
+            asyncio.run(create_sandbox(config, booting(config), prestart=put_it_there))
+        assert processes_of(pod, "qemu-system") == []
+        assert mounts_below(tmp_path) == mounts_below(FilesystemShare(pod).root) == []
+        assert odd.read_text() == "content"
+        with pytest.raises(KataError, match=f"{odd} is not removed: it has content"):
+            asyncio.run(cleanup(pod, pod))
+    finally:
+        odd.unlink(missing_ok=True)
+        asyncio.run(cleanup(pod, pod))
 
 
 def test_a_creation_that_fails_leaves_nothing(tmp_path: Path, guest_image: Path) -> None:
