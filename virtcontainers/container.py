@@ -130,10 +130,6 @@ class Container:
         self._volumes = Volumes(
             config.id, config.spec, sandbox.config, sandbox.fs_share, local_dir=sandbox.local_dir
         )
-        self._storages: list[agent_pb2.Storage] = []
-        """What the guest mounts for this container, in this order."""
-        self._devices: list[agent_pb2.Device] = []
-        """What of `linux.devices` was plugged into the machine."""
 
     def require(self, *states: ContainerState) -> None:
         """Raise FailedPreconditionError unless the container is in one of `states`."""
@@ -183,17 +179,16 @@ class Container:
             self._guest_spec,
             sandbox_pidns=self._sandbox_pidns,
             timeout_s=self.sandbox.config.create_container_timeout_s,
-            storages=[*self.disks.storages, *self._volumes.storages, *self._storages],
-            devices=[*self.disks.devices, *self._devices],
+            storages=[*self.disks.storages, *self._volumes.storages],
+            devices=self.disks.devices,
         )
         self._guest_spec = {}
         await self.size_tmpfs(limited=True)
 
     async def size_tmpfs(self, *, limited: bool = False) -> None:
         """Fit volumes in memory to the machine's; with `limited` also those that have a limit to theirs."""
-        if self._in_guest and (
-            storages := self._volumes.tmpfs_to_size(self.sandbox.memory_mib, limited=limited)
-        ):
+        is_created = self._in_guest and not self._guest_spec
+        if is_created and (storages := self._volumes.tmpfs_to_size(self.sandbox.memory_mib, limited=limited)):
             await self.sandbox.agent.update_ephemeral_mounts(storages)
 
     async def _copy_files(self, files: list[CopiedFile]) -> None:

@@ -79,8 +79,8 @@ async def _appear(what: str, find: Callable[[], str | None]) -> str:
         await asyncio.sleep(_POLL_S)
 
 
-def _load_modules(driver: str) -> None:
-    """Only now: most machines never have a disk."""
+def load_modules(driver: str) -> None:
+    """Not when a machine boots: most never have a disk."""
     from guest.agent.modules import load_module
 
     modules: dict[str, tuple[str, ...]] = {}
@@ -99,7 +99,7 @@ def _load_modules(driver: str) -> None:
 
 async def block_device(driver: str, address: str) -> str:
     """Wait for the device and return its path in /dev."""
-    _load_modules(driver)
+    load_modules(driver)
     if driver == DRIVER_SCSI:
         target, _, lun = address.partition(":")
 

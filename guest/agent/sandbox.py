@@ -148,6 +148,7 @@ class Sandbox:
         except BaseException:
             self._storages.release(storages, bundle)
             container.remove_files()
+            copy_file.remove_copies(container_id)
             raise
         if not self.containers and self._shared_pid_namespace is None:
             # Who shares a PID namespace without a pause process shares the first container's.
@@ -155,6 +156,8 @@ class Sandbox:
         self.containers[container_id] = container
         self._container_mounts[container_id] = storages
         self._oom.add(container_id, container.cgroup)
+        # Before those who wait for the exit hear of it: it is the reason.
+        container.init.exited.add_done_callback(lambda _: self._oom.check(container_id))
 
     def _cgroup(self, container_id: str) -> Cgroup:
         return Cgroup(f"{self._cgroup_root.rstrip('/')}{CGROUP_PARENT}/{container_id}")

@@ -119,7 +119,8 @@ class Progress:
     def close(self, line: str) -> None:
         """The steps have ended, with this line on stdout."""
         self.step("")
-        print(line, flush=True)
+        with self._lock:
+            print(line, flush=True)
 
     def say(self, line: str) -> None:
         """A line on stderr that stays, above the one that does not."""

@@ -21,7 +21,7 @@ from virtcontainers.hypervisor.virtiofsd import Flavour
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="machines need root")
 
 FILES = 50_000
-READ = int(os.environ.get("KATA_PY_READ_FILES", "2000"))
+READ = int(os.environ.get("KATA_PY_READ_FILES", "1000"))
 LARGE_MIB = int(os.environ.get("KATA_PY_LARGE_MIB", "64"))
 """More of them take an emulated machine minutes."""
 

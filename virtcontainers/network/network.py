@@ -14,7 +14,7 @@ from typing import Any
 
 from virtcontainers.agent import KataAgent
 from virtcontainers.config import HypervisorConfig, NetworkConfig
-from virtcontainers.errors import KataError
+from virtcontainers.errors import KataError, UnavailableError
 from virtcontainers.hypervisor.base import Hypervisor, NetDevice
 from virtcontainers.network import events
 from virtcontainers.network.child import NamespaceChild, open_namespace
@@ -121,7 +121,10 @@ class Network:
         async with self._lock:
             if self._first is None:
                 self._path = Path(f"/proc/{hypervisor.pid}/ns/net")
-                self._namespace = open_namespace(self._path)
+                try:
+                    self._namespace = open_namespace(self._path)
+                except KataError as error:
+                    raise UnavailableError(f"the machine has no network namespace: {error}") from error
                 self._first = asyncio.create_task(self._look(strict=True))
             changes = await self._first
             self._machine = hypervisor, agent
