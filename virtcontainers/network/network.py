@@ -158,7 +158,8 @@ class Network:
         self._first = None
 
     async def delete(self) -> None:
-        """Leave the namespace as it was; idempotent. Raises KataError."""
+        """Leave the namespace as it was, but for the routes of links that macvtap was used for; idempotent.
+        Raises KataError."""
         await self.close()
         try:
             if self._planned and self.config.network_namespace is not None:

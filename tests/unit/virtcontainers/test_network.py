@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -148,6 +150,28 @@ def test_what_the_machine_refused_is_told_and_tried_again(
             await network.delete()
         assert "_kata" not in namespace.sh("ip -o link show")
         assert "ingress" not in namespace.sh("tc qdisc show")
+
+    asyncio.run(body())
+
+
+def test_pyroute2_is_imported_for_a_namespace_with_links_alone(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never by us."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    async def body() -> None:
+        machine = Machine()
+        network = await attached(namespace, machine)
+        add_link(namespace, "eth0", "10.0.0.2/24")
+        with pytest.raises(KataError, match="pyroute2 is not installed"):
+            await network.settle()
+        monkeypatch.undo()
+        await network.settle()
+        assert list(machine.interfaces) == ["eth0"]
+        machine.end()
+        await network.delete()
+        assert "pyroute2" not in sys.modules
 
     asyncio.run(body())
 
