@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import stat
+import struct
 import subprocess
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, replace
@@ -65,6 +66,16 @@ def loop(path: Path) -> Iterator[str]:
         yield device
     finally:
         subprocess.run(["losetup", "-d", device], check=True)
+
+
+@contextlib.contextmanager
+def loop_partition(device: str) -> Iterator[str]:
+    """The first of the partitions that are on a loop device."""
+    subprocess.run(["partx", "--add", device], check=True)
+    try:
+        yield f"{device}p1"
+    finally:
+        subprocess.run(["partx", "--delete", device], check=True)
 
 
 def grow(path: Path, device: str, mib: int) -> None:
@@ -272,6 +283,19 @@ def test_devices_in_use_or_empty_are_refused_by_name(pod: Pod, tmp_path: Path) -
         entry = device_entry(device)
         with pytest.raises(InvalidArgumentError, match="found 0 bytes, expected a disk"):
             pod.run(pod.container("empty", "true", devices=[entry]))
+    disk = image(tmp_path / "parts", 16, fs=False)
+    with disk.open("r+b") as file:
+        # As of DOS: the first of four entries, and the mark of such a table.
+        file.seek(446)
+        file.write(struct.pack("<4xB3xII48xH", 0x83, 2048, 8192, 0xAA55))
+    with loop(disk) as device, loop_partition(device) as partition:
+        subprocess.run(["mkfs.ext4", "-q", partition], check=True)
+        subprocess.run(["mount", partition, str(tmp_path / "mnt")], check=True)
+        try:
+            with pytest.raises(FailedPreconditionError, match=f"{device} is in use by the host"):
+                pod.run(pod.container("busy", "true", devices=[device_entry(device)]))
+        finally:
+            subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
     entry |= {"major": 4000, "minor": 1}
     with pytest.raises(InvalidArgumentError, match="the host has no block device 4000:1"):
         pod.run(pod.container("nothing", "true", devices=[entry]))
