@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from harness import Ctr, new_id, processes_of, wait_for
 from private_containerd import CACHE, Containerd
 from templates import KATA_PY, Log, templates
 from test_sandbox import booting, container_config, run, sandbox_config, spec
+from test_share_sizes import LARGE_MIB
 
 from virtcontainers import direct_volume
 from virtcontainers.config import ContainerConfig, Mount, SharedFS
@@ -319,6 +321,24 @@ def test_volumes_that_are_disks(pod: Pod, tmp_path: Path) -> None:
         assert pod.run(config).endswith("hello\n")
         assert Path(bare_device).read_bytes()[:6] == b"hello\n"
     assert read_image(disk, "/f") == "one\none\n"
+
+
+def test_a_large_file_on_a_disk_is_whole_both_ways(pod: Pod, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    digest, block = hashlib.md5(), os.urandom(MIB)
+    with (tmp_path / "files/large").open("wb") as file:
+        for number in range(LARGE_MIB):
+            piece = number.to_bytes(8, "little") + block[8:]
+            digest.update(piece)
+            file.write(piece)
+    disk = image(tmp_path / "disk", 2 * LARGE_MIB + 32, root=tmp_path / "files")
+    (tmp_path / "files/large").unlink()
+    mounts = [{"destination": "/data", "type": "ext4", "source": str(disk), "options": ["loop"]}]
+    script = "/bin/busybox md5sum < /data/large; /bin/busybox dd if=/data/large of=/data/copy bs=1M"
+    assert pod.run(pod.container("large", script, mounts)).split()[0] == digest.hexdigest()
+    subprocess.run(["debugfs", "-R", f"dump /copy {tmp_path}/copy", str(disk)], check=True)
+    with (tmp_path / "copy").open("rb") as file:
+        assert hashlib.file_digest(file, "md5").hexdigest() == digest.hexdigest()
 
 
 @pytest.mark.parametrize("kind", ["image", "device"])
