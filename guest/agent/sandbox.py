@@ -171,6 +171,9 @@ class Sandbox:
             self._cgroup(container_id).signal(signal.SIGKILL)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), _KILL_AGAIN_S)
+        if container_id not in self.containers:
+            # They come before the container does, which then may not have come.
+            copy_file.remove_copies(container_id)
         container = self.container(container_id)
         await container.stop()
         self._oom.remove(container_id)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import re
 import signal
 import stat
+import struct
 import subprocess
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from harness import Ctr, new_id, processes_of, wait_for
 from private_containerd import CACHE, Containerd
 from templates import KATA_PY, Log, templates
 from test_sandbox import booting, container_config, run, sandbox_config, spec
+from test_share_sizes import LARGE_MIB
 
 from virtcontainers import direct_volume
 from virtcontainers.config import ContainerConfig, Mount, SharedFS
@@ -65,6 +68,16 @@ def loop(path: Path) -> Iterator[str]:
         yield device
     finally:
         subprocess.run(["losetup", "-d", device], check=True)
+
+
+@contextlib.contextmanager
+def loop_partition(device: str) -> Iterator[str]:
+    """The first of the partitions that are on a loop device."""
+    subprocess.run(["partx", "--add", device], check=True)
+    try:
+        yield f"{device}p1"
+    finally:
+        subprocess.run(["partx", "--delete", device], check=True)
 
 
 def grow(path: Path, device: str, mib: int) -> None:
@@ -272,6 +285,19 @@ def test_devices_in_use_or_empty_are_refused_by_name(pod: Pod, tmp_path: Path) -
         entry = device_entry(device)
         with pytest.raises(InvalidArgumentError, match="found 0 bytes, expected a disk"):
             pod.run(pod.container("empty", "true", devices=[entry]))
+    disk = image(tmp_path / "parts", 16, fs=False)
+    with disk.open("r+b") as file:
+        # As of DOS: the first of four entries, and the mark of such a table.
+        file.seek(446)
+        file.write(struct.pack("<4xB3xII48xH", 0x83, 2048, 8192, 0xAA55))
+    with loop(disk) as device, loop_partition(device) as partition:
+        subprocess.run(["mkfs.ext4", "-q", partition], check=True)
+        subprocess.run(["mount", partition, str(tmp_path / "mnt")], check=True)
+        try:
+            with pytest.raises(FailedPreconditionError, match=f"{device} is in use by the host"):
+                pod.run(pod.container("busy", "true", devices=[device_entry(device)]))
+        finally:
+            subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
     entry |= {"major": 4000, "minor": 1}
     with pytest.raises(InvalidArgumentError, match="the host has no block device 4000:1"):
         pod.run(pod.container("nothing", "true", devices=[entry]))
@@ -295,6 +321,24 @@ def test_volumes_that_are_disks(pod: Pod, tmp_path: Path) -> None:
         assert pod.run(config).endswith("hello\n")
         assert Path(bare_device).read_bytes()[:6] == b"hello\n"
     assert read_image(disk, "/f") == "one\none\n"
+
+
+def test_a_large_file_on_a_disk_is_whole_both_ways(pod: Pod, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    digest, block = hashlib.md5(), os.urandom(MIB)
+    with (tmp_path / "files/large").open("wb") as file:
+        for number in range(LARGE_MIB):
+            piece = number.to_bytes(8, "little") + block[8:]
+            digest.update(piece)
+            file.write(piece)
+    disk = image(tmp_path / "disk", 2 * LARGE_MIB + 32, root=tmp_path / "files")
+    (tmp_path / "files/large").unlink()
+    mounts = [{"destination": "/data", "type": "ext4", "source": str(disk), "options": ["loop"]}]
+    script = "/bin/busybox md5sum < /data/large; /bin/busybox dd if=/data/large of=/data/copy bs=1M"
+    assert pod.run(pod.container("large", script, mounts)).split()[0] == digest.hexdigest()
+    subprocess.run(["debugfs", "-R", f"dump /copy {tmp_path}/copy", str(disk)], check=True)
+    with (tmp_path / "copy").open("rb") as file:
+        assert hashlib.file_digest(file, "md5").hexdigest() == digest.hexdigest()
 
 
 @pytest.mark.parametrize("kind", ["image", "device"])
