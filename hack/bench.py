@@ -73,12 +73,12 @@ def report(result: dict[str, Any]) -> str:
         measured = [aim.row() for aim in bench_factory.aims(factory)]
         parts.append(lined_up([("aim", "", "found", ""), *measured]))
         if failures := bench_factory.failures(factory):
-            parts.append("\n".join(["not measured:", *(f"  {failure}" for failure in failures)]))
+            parts.append(_not_measured(failures))
     for name, part in (("pods", bench_pods), ("network", bench_network), ("files", bench_files)):
         if name in result:
             parts.append(lined_up(part.rows(result[name])))
             if failures := bench_pods.failures(result[name]):
-                parts.append("\n".join(["not measured:", *(f"  {failure}" for failure in failures)]))
+                parts.append(_not_measured(failures))
     host = result["host"]
     load = ", ".join(
         f"{host[key][0]:.1f} {when}" for key, when in (("load", "before"), ("load_after", "after"))
@@ -90,6 +90,11 @@ def report(result: dict[str, Any]) -> str:
     if host["load"][0] > host["cpus"] * BUSY:
         parts[-1] += "\nThe host was busy with something else: ratios may do, times and MemAvailable do not."
     return "\n\n".join(parts)
+
+
+def _not_measured(failures: list[str]) -> str:
+    """The first line of each: what is left, such as containerd's log, is in the JSON."""
+    return "\n".join(["not measured:", *(f"  {failure.partition(chr(10))[0]}" for failure in failures)])
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -27,13 +27,13 @@ from bench_factory import NotMeasured, Ready
 from private_containerd import RUNTIME, TEST_IMAGE, ContainerdError
 from private_cri import CNI_DIRECTORIES, Network
 
-FILE_MIB = 48
-"""What fits into a container's /dev/shm."""
+FILE_MIB = 256
 PINGS = 100
 TIMEOUT_S = 180.0
 WAYS = {"template": ("clone", "tcfilter"), "runc": ("runc", "veth")}
 
-_SERVE = f"head -c {FILE_MIB}m /dev/zero >/dev/shm/file && httpd -h /dev/shm"
+# A hole of a file: that many bytes would not fit into a container's /dev/shm.
+_SERVE = f"truncate -s {FILE_MIB}M /dev/shm/file && httpd -h /dev/shm"
 _FETCH = "wget -q -O /dev/null http://{host}:{port}/"
 _ECHO_REQUEST = 8
 _ECHO_REPLY = 0

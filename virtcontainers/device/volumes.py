@@ -106,6 +106,12 @@ def _block_volume(mount: dict[str, Any]) -> BlockVolume | None:
         return BlockVolume(mount=mount, device=device, fstype="bind")
     # A file system that the container's runtime is to mount: the guest's would take a disk of its own.
     if not is_block_device(path) and not (_LOOP in options and _is_file(path)):
+        if _LOOP in options or (path.is_relative_to("/dev") and not path.exists()):
+            expected = "an image file" if _LOOP in options else "a block device"
+            found = "something else" if path.exists() else "nothing"
+            raise InvalidArgumentError(
+                f"mount {mount['destination']}: found {found} at {path} on the host, expected {expected}"
+            )
         return None
     readonly = "ro" in options or is_readonly(path)
     return BlockVolume(

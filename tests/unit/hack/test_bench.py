@@ -1,10 +1,13 @@
 """The benchmark's arithmetic and its tables; nothing here is measured."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import bench
 import bench_factory
+import bench_files
+import bench_network
 import pytest
 from bench_common import lined_up
 from bench_factory import Aim
@@ -129,6 +132,56 @@ def test_growing_pods_are_drawn(pods: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "bench.png"
     bench.plot({"host": HOST, "pods": pods}, path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def network() -> dict[str, Any]:
+    fast = {"sent_s": 0.5, "received_s": 1.0, "ping_s": 0.0002, "pings_s": [0.0001, 0.0002, 0.0003]}
+    return {"ways": {"template": {**fast, "sent_s": 2.0, "ping_s": 0.001}, "runc": fast}}
+
+
+@pytest.fixture
+def files() -> dict[str, Any]:
+    steps = {step: 0.1 * number for number, step in enumerate(bench_files.STEPS, start=1)}
+    refused = "ctr run: no such disk\nlevel=debug msg=lines of containerd's log"
+    return {"ways": {"template": steps, "block": {"failure": refused}, "runc": {**steps, "read": 0.002}}}
+
+
+def test_the_table_of_the_network_has_speeds_and_round_trips(network: dict[str, Any]) -> None:
+    text = bench.report({"runs": 10, "host": HOST, "network": network})
+    lines = text.split("\n\n")[0].splitlines()
+    assert [line.split() for line in lines[:2]] == [["network", "clone", "runc"], ["tcfilter", "veth"]]
+    size = bench_network.FILE_MIB
+    rows = {line.split("  ")[0]: line.split("  ", 1)[1].split() for line in lines[2:]}
+    assert rows["pod to host, TCP"] == [f"{size / 2:.0f}", "MiB/s", f"{size * 2}", "MiB/s"]
+    assert rows["host to pod, TCP"] == [f"{size}", "MiB/s", f"{size}", "MiB/s"]
+    assert rows["round trip"] == ["1000", "us", "200", "us"]
+
+
+def test_the_table_of_files_has_a_gap_and_the_reason_where_nothing_was_found(files: dict[str, Any]) -> None:
+    text = bench.report({"runs": 10, "host": HOST, "files": files})
+    table, missing, *_ = text.split("\n\n")
+    lines = table.splitlines()
+    assert lines[0].split() == ["files", "clone", "clone", "runc"]
+    assert lines[1].split() == ["virtio-9p", "block", "bind"]
+    read = next(line for line in lines if line.startswith(bench_files.STEPS["read"]))
+    assert read.removeprefix(bench_files.STEPS["read"]).split() == ["200", "ms", "2", "ms"]
+    assert missing == "not measured:\n  block: ctr run: no such disk"
+
+
+def test_network_and_files_are_drawn(network: dict[str, Any], files: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "bench.png"
+    bench.plot({"host": HOST, "network": network, "files": files}, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    nothing = {"ways": {"template": {"failure": "no machine"}, "runc": {"failure": "no runc"}}}
+    bench.plot({"host": HOST, "network": nothing, "files": nothing}, path)
+    text = bench.report({"runs": 10, "host": HOST, "network": nothing, "files": nothing})
+    assert text.count("runc: no runc") == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="raw sockets are root's")
+def test_a_ping_has_a_checksum_that_the_kernel_takes() -> None:
+    assert bench_network.ping("127.0.0.1", 2)[0] > 0
 
 
 def test_lined_up_fills_short_rows() -> None:

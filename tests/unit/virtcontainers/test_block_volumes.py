@@ -66,6 +66,22 @@ def test_other_mounts_are_no_disks(disk: Path) -> None:
     assert take_block_volumes({}, disabled=False) == ({}, [])
 
 
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("/nowhere/disk", ["loop"], "/data: found nothing at /nowhere/disk on the host, expected an image"),
+        ("/etc", ["loop"], "/data: found something else at /etc on the host, expected an image file"),
+        ("/dev/nothing", [], "/data: found nothing at /dev/nothing on the host, expected a block device"),
+    ],
+)
+def test_a_disk_that_the_host_does_not_have_is_refused_by_name(
+    source: str, options: list[str], message: str
+) -> None:
+    mount = {"destination": "/data", "type": "ext4", "source": source, "options": options}
+    with pytest.raises(InvalidArgumentError, match=message):
+        take_block_volumes({"mounts": [mount]}, disabled=False)
+
+
 def test_disable_block_device_use_refuses_a_volume_by_name(disk: Path) -> None:
     image = {"destination": "/data", "type": "ext4", "source": str(disk), "options": ["loop"]}
     with pytest.raises(InvalidArgumentError, match=f"/data: found block device {disk}.*disable_block_device"):
