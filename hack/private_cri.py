@@ -145,8 +145,16 @@ def find_crictl() -> str | None:
 def crictl_command(address: Path, *arguments: str) -> list[str]:
     """crictl, else what has its commands here."""
     crictl = find_crictl()
-    client = [str(REPO / ".venv/bin/python"), str(REPO / "hack/cri_client.py")]
-    program = [crictl] if crictl else client
+    return _command([crictl], address, *arguments) if crictl else client_command(address, *arguments)
+
+
+def client_command(address: Path, *arguments: str) -> list[str]:
+    """What has crictl's commands here."""
+    program = [str(REPO / ".venv/bin/python"), str(REPO / "hack/cri_client.py")]
+    return _command(program, address, *arguments)
+
+
+def _command(program: list[str], address: Path, *arguments: str) -> list[str]:
     endpoint = f"unix://{address}"
     # No configuration file: crictl would warn that it has none, or take what is meant for another containerd.
     options = ["--config", "/dev/null", "--runtime-endpoint", endpoint, "--image-endpoint", endpoint]

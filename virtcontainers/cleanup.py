@@ -51,7 +51,10 @@ async def cleanup(sandbox_id: str, container_id: str) -> None:
                 failures.append(error)
     for id_, rootfs in state.rootfs.items():
         if container_id in (id_, sandbox_id):
-            mount.unmount_below(Path(rootfs))
+            try:
+                mount.unmount_below(Path(rootfs))
+            except KataError as error:
+                failures.append(error)
     try:
         if container_id == sandbox_id:
             remove_host_state(sandbox_id)

@@ -22,7 +22,7 @@ from virtcontainers.volumes import Volumes
 
 if TYPE_CHECKING:
     from agent_client.protocols import agent_pb2
-    from virtcontainers.copied_files import CopiedFile
+    from virtcontainers.copied_files import CopiedFile, FileWatch
     from virtcontainers.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ class Container:
         self._in_guest = False
         self._updating = asyncio.Lock()
         self._exit_watch: asyncio.Task[None] | None = None
+        self._file_watch: FileWatch | None = None
         self._guest_spec: dict[str, Any] = {}
         self._sandbox_pidns = False
         self._volumes = Volumes(
@@ -170,10 +171,10 @@ class Container:
             )
         self._volumes.fit_agent(self.sandbox.agent.storage_handlers, self._guest_spec)
         await self.disks.attach(self.sandbox, self._guest_spec, self._undo)
+        # Set before the calls: a creation that timed out may still have happened.
+        self._in_guest = True
         if self._volumes.copied:
             await self._copy_files(self._volumes.copied)
-        # Set before the call: a creation that timed out may still have happened.
-        self._in_guest = True
         await self.sandbox.agent.create_container(
             self.id,
             self._guest_spec,
@@ -194,9 +195,8 @@ class Container:
     async def _copy_files(self, files: list[CopiedFile]) -> None:
         from virtcontainers.copied_files import FileWatch
 
-        watch = FileWatch(self.sandbox.agent, files, self._log)
-        self._undo.push_async_callback(watch.close)
-        await watch.start()
+        self._file_watch = FileWatch(self.sandbox.agent, files, self._log)
+        await self._file_watch.start()
 
     async def start(self) -> None:
         """Raises what the agent says, "executable file not found" for one; the container is then STOPPED."""
@@ -302,6 +302,9 @@ class Container:
         """Take everything back, whatever state it is in; the guest's refusal is logged. Idempotent."""
         if self._exit_watch is not None:
             self._exit_watch.cancel()
+        if self._file_watch is not None:
+            # First: it would copy anew what the guest has just removed.
+            await self._file_watch.close()
         if self._in_guest and not self.sandbox.is_dead:
             self._in_guest = False
             try:

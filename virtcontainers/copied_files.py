@@ -17,7 +17,10 @@ from pathlib import Path
 
 from virtcontainers.agent import KataAgent
 from virtcontainers.errors import KataError, UnavailableError
+from virtcontainers.fs_share import guests_part
 from virtcontainers.inotify import Inotify
+from virtcontainers.mount import open_source
+from virtcontainers.syscalls import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, fd_path, openat2
 
 MAX_FILES = 1000
 MAX_BYTES = 16 << 20
@@ -26,6 +29,8 @@ MAX_BYTES = 16 << 20
 _KUBERNETES = frozenset(
     f"kubernetes.io~{kind}" for kind in ("configmap", "secret", "projected", "downward-api")
 )
+_READ = os.O_RDONLY | os.O_NONBLOCK
+"""What is a FIFO by now is no reason to wait."""
 _SETTLE_S = 0.1
 """An update is several events; one look is enough for them."""
 _RETRY_S = (1.0, 60.0)
@@ -58,7 +63,8 @@ class CopiedFile:
     def check(self, *, readonly: bool) -> None:
         """Raise KataError unless it is fit to be copied."""
         hint = 'expected {} with shared_fs = "none", which has copies only'
-        found = self._look()
+        with self._opened() as opened:
+            found = self._look(opened)
         top = found[""].mode
         if stat.S_ISDIR(top) and not readonly and self.source.parent.name not in _KUBERNETES:
             raise KataError(f"{self.source}: found a folder to write to, {hint.format('a read-only one')}")
@@ -70,28 +76,58 @@ class CopiedFile:
                 )
 
     @property
-    def folders(self) -> list[Path]:
-        """Those in which a change is worth a look. A file that is mounted by itself stays what it was: the
-        agent puts a new file in the place of the old one, which the container does not see."""
-        top = self.source.resolve()
-        return [top / name for name, entry in self._copied.items() if stat.S_ISDIR(entry.mode)]
+    def folders(self) -> list[str]:
+        """Names of those in which a change is worth a look. A file that is mounted by itself stays what it
+        was: the agent puts a new file in the place of the old one, which the container does not see."""
+        return [name for name, entry in self._copied.items() if stat.S_ISDIR(entry.mode)]
+
+    def watch(self, inotify: Inotify) -> None:
+        """What has gone is no error. Raises OSError."""
+        with contextlib.suppress(KataError), self._opened() as top:
+            for name in self.folders:
+                with contextlib.suppress(FileNotFoundError):
+                    folder = _open_below(top, name, os.O_PATH | os.O_DIRECTORY)
+                    try:
+                        inotify.add(fd_path(folder))
+                    finally:
+                        os.close(folder)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        """Raises KataError."""
+        with contextlib.ExitStack() as stack:
+            try:
+                top = stack.enter_context(open_source(self.source, guests_part(self.source)))
+            except OSError as error:
+                raise KataError(f"{self.source}: {error.strerror}") from error
+            yield top
 
     async def update(self, agent: KataAgent) -> None:
         """Copy what has changed. Raises KataError; the next call goes on where this one ended."""
-        found = await asyncio.to_thread(self._look)
+        with self._opened() as top:
+            await self._copy_changed(agent, top)
+
+    async def _copy_changed(self, agent: KataAgent, top: int) -> None:
+        found = await asyncio.to_thread(self._look, top)
         changed = [name for name, entry in found.items() if self._copied.get(name) != entry]
         for name in sorted(changed, key=lambda name: _rank(name, found[name])):
             entry = found[name]
-            await self._send(agent, name, entry, await asyncio.to_thread(self._content, name, entry))
+            await self._send(agent, name, entry, await asyncio.to_thread(self._content, top, name, entry))
             self._copied[name] = entry
+            if not stat.S_ISDIR(entry.mode):
+                self._forget_below(name)
         for name in sorted(self._copied.keys() - found.keys()):
             if name not in self._copied:
                 continue  # in a folder that is gone
             old = self._copied[name]
             path = self._guest_path(name)
             await agent.copy_file(path, _GONE, mode=stat.S_IFLNK | 0o777, uid=old.uid, gid=old.gid)
-            for gone in [n for n in self._copied if n == name or n.startswith(name + "/")]:
-                del self._copied[gone]
+            del self._copied[name]
+            self._forget_below(name)
+
+    def _forget_below(self, name: str) -> None:
+        for gone in [n for n in self._copied if n.startswith(name + "/")]:
+            del self._copied[gone]
 
     async def _send(self, agent: KataAgent, name: str, entry: _Entry, content: bytes) -> None:
         await agent.copy_file(self._guest_path(name), content, mode=entry.mode, uid=entry.uid, gid=entry.gid)
@@ -99,25 +135,24 @@ class CopiedFile:
     def _guest_path(self, name: str) -> str:
         return f"{self.guest_path}/{name}" if name else self.guest_path
 
-    def _content(self, name: str, entry: _Entry) -> bytes:
-        if stat.S_ISREG(entry.mode):
-            path = self.source.resolve() / name
-            try:
-                with path.open("rb") as file:
-                    return file.read(MAX_BYTES)
-            except OSError as error:
-                raise KataError(f"{path}: {error.strerror}") from error
-        return entry.link
+    def _content(self, top: int, name: str, entry: _Entry) -> bytes:
+        if not stat.S_ISREG(entry.mode):
+            return entry.link
+        try:
+            with os.fdopen(_open_below(top, name, _READ), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise KataError(f"{self.source / name}: has become something else than a file")
+                return file.read(MAX_BYTES)
+        except OSError as error:
+            raise KataError(f"{self.source / name}: {error.strerror}") from error
 
-    def _look(self) -> dict[str, _Entry]:
+    def _look(self, top: int) -> dict[str, _Entry]:
         """Name below the source -> what is there, folders before what is in them; "" is the source itself.
         Raises KataError when it is not there or too much."""
         found: dict[str, _Entry] = {}
         size = 0
-        top = self.source.resolve()
         try:
-            for name, status in _walk(top):
-                link = os.fsencode((top / name).readlink()) if stat.S_ISLNK(status.st_mode) else b""
+            for name, status, link in _walk(top):
                 size += status.st_size if stat.S_ISREG(status.st_mode) else 0
                 found[name] = _Entry(
                     status.st_mode,
@@ -146,14 +181,28 @@ _KINDS = {
 }
 
 
-def _walk(top: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """What is gone by the time it is looked at is left out, but for the top."""
-    yield "", top.lstat()
-    for directory, folders, files in os.walk(top):
+def _walk(top: int) -> Iterator[tuple[str, os.stat_result, bytes]]:
+    """Name, what is there, and what it says if it is a link: none is followed. What is gone by the time it is
+    looked at is left out."""
+    status = os.fstat(top)
+    yield "", status, b""
+    if not stat.S_ISDIR(status.st_mode):
+        return
+    for directory, folders, files, fd in os.fwalk(".", dir_fd=top):
         for name in (*folders, *files):
-            path = Path(directory, name)
             with contextlib.suppress(FileNotFoundError):
-                yield str(path.relative_to(top)), path.lstat()
+                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                is_link = stat.S_ISLNK(status.st_mode)
+                link = os.readlink(os.fsencode(name), dir_fd=fd) if is_link else b""
+                yield str(Path(directory, name)), status, link
+
+
+def _open_below(top: int, name: str, flags: int) -> int:
+    """What has the name in the folder `top`, or `top` itself for "". Raises OSError, for a link on the way,
+    too: a guest of another pod may write there."""
+    if not name:
+        return os.open(fd_path(top), flags | os.O_CLOEXEC)
+    return openat2(top, name, flags, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
 
 
 def _rank(name: str, entry: _Entry) -> tuple[int, str]:
@@ -207,9 +256,7 @@ class FileWatch:
     def _watch(self) -> None:
         assert self._inotify is not None
         for file in self._files:
-            for path in file.folders:
-                with contextlib.suppress(FileNotFoundError):
-                    self._inotify.add(path)
+            file.watch(self._inotify)
 
     async def _run(self) -> None:
         retry_s, longest_s = _RETRY_S

@@ -33,6 +33,9 @@ as any root does, and its kernel deals with them. Who serves them here, by these
 or execute them."""
 
 
+_LINKS_LIMIT = 40
+"""MAXSYMLINKS of <linux/namei.h>: the kernel follows no more either."""
+
 WATCHABLE = "watchable"
 _SANDBOX_MOUNTS = "sandbox-mounts"
 
@@ -96,9 +99,11 @@ class FilesystemShare:
 
     def unshare_root_filesystem(self, container_id: str, rootfs: RootFs) -> None:
         """Idempotent. The target itself is containerd's and stays."""
-        self.unshare_container(container_id)
-        if rootfs.mounts:
-            mount.unmount_below(rootfs.target)
+        try:
+            self.unshare_container(container_id)
+        finally:
+            if rootfs.mounts:
+                mount.unmount_below(rootfs.target)
 
     def unshare_container(self, container_id: str) -> None:
         """Take the container's root back out of the share; idempotent."""
@@ -120,21 +125,15 @@ class FilesystemShare:
         return GUEST_SHARED_DIR + name
 
     def _share(self, source: Path, name: str, *, readonly: bool, slave: bool) -> None:
-        beneath = guests_folder(source)
-        try:
-            mount.bind_mount(
-                source,
-                self._mounts / name,
-                readonly=readonly,
-                recursive=True,
-                slave=slave,
-                attributes=_ATTRIBUTES,
-                beneath=beneath,
-            )
-        except KataError as error:
-            if beneath is None:
-                raise
-            raise KataError(f"{error}; a guest can write in {beneath}") from error
+        mount.bind_mount(
+            source,
+            self._mounts / name,
+            readonly=readonly,
+            recursive=True,
+            slave=slave,
+            attributes=_ATTRIBUTES,
+            guests=guests_part(source),
+        )
 
     def make_watchable_directory(self) -> None:
         """Where the guest mounts its copies of what it watches; it cannot make it, its share is read-only."""
@@ -162,23 +161,37 @@ class FilesystemShare:
         mount.remove_mountpoints(self.root)
 
 
-def guests_folder(source: Path) -> Path | None:
-    """The outermost folder on the way to `source` in which a guest can write, of this pod or of another:
-    below it there may be symlinks of the guest's. None: there is no such folder."""
+def guests_part(source: Path) -> mount.GuestsPart | None:
+    """Of the way to `source`, from the outermost folder on in which a guest can write, of this pod or of
+    another. None: the way, with the host's own symlinks on it, comes to none."""
     writable = set()
     for point in mount.mounts_below(SHARED_SANDBOXES):
-        parts = point.relative_to(SHARED_SANDBOXES).parts
-        if parts[1:2] == ("mounts",) and (len(parts) == 3 or parts[3:] == ("rootfs",)):
+        # The others are copies of these.
+        if point.relative_to(SHARED_SANDBOXES).parts[1:2] == ("mounts",):
             with contextlib.suppress(OSError):
                 # A file that the pod's containers share, /etc/hosts, leads nowhere.
                 if point.is_dir() and not os.statvfs(point).f_flag & os.ST_RDONLY:
                     writable.add(_identity(point))
-    for folder in reversed((source, *source.parents)):
-        try:
-            if _identity(folder) in writable:
-                return folder
-        except OSError:
-            return None
+    folder, rest = Path("/"), list(source.parts[1:])
+    links = 0
+    with contextlib.suppress(OSError):
+        while _identity(folder) not in writable:
+            if not rest:
+                return None
+            name = rest.pop(0)
+            if name == "..":
+                folder = folder.parent
+                continue
+            below = folder / name
+            if not below.is_symlink():
+                folder = below
+                continue
+            if (links := links + 1) > _LINKS_LIMIT:
+                return None
+            target = below.readlink()
+            folder = Path("/") if target.is_absolute() else folder
+            rest[:0] = target.parts[1:] if target.is_absolute() else target.parts
+        return mount.GuestsPart(folder, "/".join(rest))
     return None
 
 

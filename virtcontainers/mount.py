@@ -259,22 +259,20 @@ def bind_mount(
     recursive: bool = False,
     slave: bool = False,
     attributes: int = 0,
-    beneath: Path | None = None,
+    guests: GuestsPart | None = None,
 ) -> None:
     """Bind `source` on `target` (made as file or directory if absent). What is mounted below one of them
     later does not come to the other; with `slave` it does from a source that is shared, without `attributes`.
 
     Read-only and other `attributes` (MOUNT_ATTR_*) hold for all that is mounted in it, and from the
     beginning, so that its copies at other places have them, too. Somebody hostile may rename below
-    `source` meanwhile, and with `beneath`, in which it is, also on the way to it: one that leads out of that
-    is refused.
+    `source` meanwhile, and, in its `guests` part, on the way to it, see `open_source`.
     On failure `target` is not mounted; a target made stays. Raises KataError.
     """
     attributes |= syscalls.MOUNT_ATTR_RDONLY if readonly else 0
     with contextlib.ExitStack() as stack:
         try:
-            opened = _open_source(source, beneath)
-            stack.callback(os.close, opened)
+            opened = stack.enter_context(open_source(source, guests))
             is_directory = stat.S_ISDIR(os.fstat(opened).st_mode)
         except OSError as error:
             raise KataError(f"bind mount source {source}: {error.strerror}") from error
@@ -289,12 +287,31 @@ def bind_mount(
             raise KataError(f"bind mount {source} on {target}: {error.strerror}") from error
 
 
-def _open_source(source: Path, beneath: Path | None) -> int:
-    if beneath is None:
-        return os.open(source, os.O_PATH | os.O_CLOEXEC)
-    with syscalls.opened(beneath) as directory:
-        resolve = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_MAGICLINKS
-        return syscalls.openat2(directory, str(source.relative_to(beneath)), os.O_PATH, resolve)
+class GuestsPart(NamedTuple):
+    """Where the way to a path enters a folder that a guest may write, and the rest of the way, which may have
+    symlinks of the guest's in it."""
+
+    folder: Path
+    way: str
+
+
+@contextlib.contextmanager
+def open_source(source: Path, guests: GuestsPart | None) -> Iterator[int]:
+    """An O_PATH descriptor. Raises OSError, also for a way that leads out of the guest's folder."""
+    if guests is None:
+        with syscalls.opened(source) as opened:
+            yield opened
+        return
+    resolve = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_MAGICLINKS
+    try:
+        with syscalls.opened(guests.folder) as directory:
+            opened = syscalls.openat2(directory, guests.way or ".", os.O_PATH, resolve)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; a guest can write in {guests.folder}") from error
+    try:
+        yield opened
+    finally:
+        os.close(opened)
 
 
 def make_mountpoint(target: Path, *, is_directory: bool) -> None:

@@ -56,6 +56,10 @@ class Online:
         self._kept_mib: float | None = None
         """What the guest's kernel keeps of the machine's memory for itself."""
 
+    async def find_size(self) -> None:
+        async with self._told_of_death():
+            await self._find_size()
+
     async def add_cpus(self, count: int) -> int:
         async with self._told_of_death():
             await self._find_size()

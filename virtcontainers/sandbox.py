@@ -76,7 +76,10 @@ async def create_sandbox(config: SandboxConfig, factory: Factory, *, prestart: H
     try:
         await sandbox._start(prestart)
     except BaseException:
-        await asyncio.shield(sandbox.delete())
+        try:
+            await asyncio.shield(sandbox.delete())
+        except KataError as left:
+            sandbox._log.warning("something of the pod stays: %s", left)
         raise
     return sandbox
 
@@ -312,6 +315,11 @@ class Sandbox:
     async def _roll_back(self, container: Container) -> None:
         try:
             await container.cleanup()
+        except KataError as error:
+            # Why there is anything to undo is what the caller is told.
+            self._log.error(
+                "of container %s, which was not created, something stays: %s", container.id, error
+            )
         finally:
             self.remove_container(container)
 
@@ -382,6 +390,7 @@ class Sandbox:
     async def _resize(self, asked: list[dict[str, Any]]) -> None:
         assert self._vm is not None
         hypervisor, defaults = self._vm.hypervisor, self.config.hypervisor
+        await self._vm.find_size()
         vcpus = wanted_vcpus(defaults.default_vcpus, asked) - hypervisor.vcpus
         memory_mib = wanted_memory_mib(defaults.default_memory_mib, asked) - hypervisor.memory_mib
         # Memory can be refused, vCPUs are as many as there may be: who is refused has got nothing.
@@ -499,7 +508,11 @@ class Sandbox:
             return
         if not self.is_dead:
             await asyncio.gather(*(c.stop(force=True) for c in self.containers.values()))
-            await asyncio.gather(*(c.cleanup() for c in self.containers.values()))
+            for failure in await asyncio.gather(
+                *(c.cleanup() for c in self.containers.values()), return_exceptions=True
+            ):
+                if failure is not None:
+                    self._log.warning("of a container something stays: %s", failure)
             try:
                 # Not a courtesy: it unmounts the share, and with it writes back what the guest has cached.
                 await self.agent.destroy_sandbox(_DESTROY_TIMEOUT_S)
@@ -516,16 +529,19 @@ class Sandbox:
             return
         await self.stop()
         self._deleted = True
-        for container in list(self.containers.values()):
-            await container.cleanup()
+        # All is tried, the last first, whatever fails.
+        async with contextlib.AsyncExitStack() as rest:
+            rest.callback(cleanup.remove_host_state, self.id)
+            rest.callback(self._cgroups.delete)
+            rest.push_async_callback(self._delete_network)
+            for container in self.containers.values():
+                rest.push_async_callback(container.cleanup)
+
+    async def _delete_network(self) -> None:
         try:
             await self.network.delete()
         except KataError as error:
             self._log.warning("the network namespace is not as it was: %s", error)
-        try:
-            self._cgroups.delete()
-        finally:
-            cleanup.remove_host_state(self.id)
 
     def _save_network(self, planned: dict[str, Any]) -> None:
         self._state.network = planned

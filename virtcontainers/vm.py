@@ -165,6 +165,11 @@ class VM:
             if clock() - asked_at <= _TIME_ROUND_TRIP_S:
                 return
 
+    async def find_size(self) -> None:
+        """Ask the machine how large it is: what it was to give back earlier may have gone since. Raises
+        HypervisorError."""
+        await self._online.find_size()
+
     async def add_cpus(self, count: int) -> int:
         """Plug up to `count` vCPUs, as many as `default_maxvcpus` leaves room for; gives how many. They are
         of use after `online_cpu_memory`. Raises HypervisorError."""

@@ -199,9 +199,19 @@ class OOMWatcher:
             self._files[fd] = (container_id, self._kills(fd))
             self._epoll.register(fd, select.EPOLLPRI)
 
+    def check(self, container_id: str) -> None:
+        """Call back now if there is cause to: the kernel lets 10 ms pass between two notices, and the process
+        it has killed may have ended by then."""
+        for fd in self._of(container_id):
+            self._look(fd)
+
     def remove(self, container_id: str) -> None:
-        for fd in [fd for fd, (owner, _) in self._files.items() if owner == container_id]:
+        self.check(container_id)
+        for fd in self._of(container_id):
             self._forget(fd)
+
+    def _of(self, container_id: str) -> list[int]:
+        return [fd for fd, (owner, _) in self._files.items() if owner == container_id]
 
     def _forget(self, fd: int) -> None:
         del self._files[fd]
@@ -218,13 +228,16 @@ class OOMWatcher:
 
     def _changed(self) -> None:
         for fd, _ in self._epoll.poll(0):
-            container_id, before = self._files[fd]
-            try:
-                kills = self._kills(fd)
-            except OSError:
-                # The cgroup is gone.
-                self._forget(fd)
-                continue
-            self._files[fd] = (container_id, kills)
-            if kills > before:
-                self._on_oom(container_id)
+            self._look(fd)
+
+    def _look(self, fd: int) -> None:
+        container_id, before = self._files[fd]
+        try:
+            kills = self._kills(fd)
+        except OSError:
+            # The cgroup is gone.
+            self._forget(fd)
+            return
+        self._files[fd] = (container_id, kills)
+        if kills > before:
+            self._on_oom(container_id)

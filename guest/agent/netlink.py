@@ -203,12 +203,8 @@ class Route:
         """With its protocol; None for what is not such a route."""
         family, prefix, _, _, table, protocol, scope, kind, flags = _ROUTE.unpack_from(content)
         found = attributes(content[_ROUTE.size :])
-        if (
-            family not in (socket.AF_INET, socket.AF_INET6)
-            or kind != RTN_UNICAST
-            or _number(found.get(RTA_TABLE))
-            or table
-        ) != RT_TABLE_MAIN:
+        table = _number(found.get(RTA_TABLE)) or table
+        if family not in (socket.AF_INET, socket.AF_INET6) or (kind, table) != (RTN_UNICAST, RT_TABLE_MAIN):
             return None
         none = bytes(4 if family == socket.AF_INET else 16)
         gateway = ""

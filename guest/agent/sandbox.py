@@ -156,6 +156,8 @@ class Sandbox:
         self.containers[container_id] = container
         self._container_mounts[container_id] = storages
         self._oom.add(container_id, container.cgroup)
+        # Before those who wait for the exit hear of it: it is the reason.
+        container.init.exited.add_done_callback(lambda _: self._oom.check(container_id))
 
     def _cgroup(self, container_id: str) -> Cgroup:
         return Cgroup(f"{self._cgroup_root.rstrip('/')}{CGROUP_PARENT}/{container_id}")
@@ -169,6 +171,9 @@ class Sandbox:
             self._cgroup(container_id).signal(signal.SIGKILL)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), _KILL_AGAIN_S)
+        if container_id not in self.containers:
+            # They come before the container does, which then may not have come.
+            copy_file.remove_copies(container_id)
         container = self.container(container_id)
         await container.stop()
         self._oom.remove(container_id)

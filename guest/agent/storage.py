@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import stat
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 _OVERLAY_RW = "io.katacontainers.fs-opt.overlay-rw"
 _OVERLAY_CREATE_DIRECTORY = "io.katacontainers.volume.overlayfs.create_directory="
 _FS_GID = "fsgid"
+
+_READ_ONLY_TIMEOUT_S = 0.5
+_READ_ONLY_POLL_S = 0.01
 
 _VIRTIO_FS_TIMEOUT_S = 10.0
 _VIRTIO_FS_POLL_S = 0.01
@@ -45,6 +49,10 @@ class _Entry:
         self.users = 1
         self.shared = shared
         self.mounted = False
+        self.is_disk = False
+        """A file system of ours alone, which is to be whole when the host takes the disk out."""
+        self.is_ready = False
+        self.lock = asyncio.Lock()
 
 
 class Storages:
@@ -67,13 +75,19 @@ class Storages:
                 if storage.fstype == "hugetlbfs":
                     self._set_huge_pages_aside(storage, bundle)
                 entry = self._entries.get(storage.mount_point)
-                if entry is not None:
+                if entry is None:
+                    self._entries[storage.mount_point] = entry = _Entry(shared=storage.shared)
+                else:
                     entry.users += 1
-                    added.append(storage.mount_point)
-                    continue
-                self._entries[storage.mount_point] = entry = _Entry(shared=storage.shared)
                 added.append(storage.mount_point)
-                entry.mounted = await self._mount(storage, bundle)
+                # Two containers that come at once: the second waits for the first's disk.
+                async with entry.lock:
+                    if not entry.is_ready:
+                        entry.mounted = entry.mounted or await self._mount(storage, bundle)
+                        entry.is_disk = storage.driver in _DISKS and storage.fstype != "bind"
+                        if storage.HasField("fs_group"):
+                            _set_ownership(storage)
+                        entry.is_ready = True
         except BaseException:
             self.release(added, bundle)
             raise
@@ -106,6 +120,8 @@ class Storages:
             self._watcher.remove(point)
         if not entry.mounted:
             return
+        if entry.is_disk:
+            _finish_writing(point)
         try:
             linux.umount(point)
         except OSError as error:
@@ -156,8 +172,6 @@ class Storages:
                 Code.INTERNAL,
                 f"mount {source} ({fstype}, {','.join(options)}) at {storage.mount_point}: {error.strerror}",
             ) from error
-        if storage.HasField("fs_group"):
-            _set_ownership(storage)
         return True
 
     def _watch(self, storage: agent_pb2.Storage) -> bool:
@@ -209,6 +223,22 @@ class Storages:
         for path in directories.values():
             os.makedirs(path, exist_ok=True)
         return [f"{name}dir={path}" for name, path in directories.items()]
+
+
+def _finish_writing(point: str) -> None:
+    """Have all of a file system on its disk. Unmounting alone does not: containers made meanwhile have a copy
+    of the mount in their namespaces, and those that have ended give theirs back a moment later."""
+    deadline = time.monotonic() + _READ_ONLY_TIMEOUT_S
+    while True:
+        try:
+            linux.mount("none", point, "", linux.MS_REMOUNT | linux.MS_RDONLY)
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                log.warning("%s does not become read-only: %s", point, error.strerror)
+                os.sync()
+                return
+        time.sleep(_READ_ONLY_POLL_S)
 
 
 def disks(storages: Iterable[agent_pb2.Storage]) -> list[os.stat_result]:

@@ -69,9 +69,12 @@ class Crictl:
     directory: Path
     """For pods' and containers' configurations, and for logs."""
 
+    def command(self, *arguments: str) -> list[str]:
+        return self.containerd.crictl_command(*arguments)
+
     def __call__(self, *arguments: str, check: bool = True, input: str = "") -> Result:
         found = subprocess.run(
-            self.containerd.crictl_command(*arguments),
+            self.command(*arguments),
             capture_output=True,
             text=True,
             input=input,
@@ -86,7 +89,7 @@ class Crictl:
         """crictl on a terminal of its own, `size` rows and columns."""
         ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, size)
-        command = self.containerd.crictl_command(*arguments)
+        command = self.command(*arguments)
         process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
         os.close(theirs)
         try:
@@ -130,6 +133,14 @@ class Crictl:
                 yield Pod(self, pod_id, name, path)
             finally:
                 self("rmp", "--force", pod_id, check=False)
+
+
+@dataclass(frozen=True)
+class CriClient(Crictl):
+    """What is taken for crictl where that cannot be had."""
+
+    def command(self, *arguments: str) -> list[str]:
+        return private_cri.client_command(self.containerd.address, *arguments)
 
 
 @dataclass(frozen=True)

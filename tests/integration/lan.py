@@ -98,6 +98,17 @@ class Namespace:
             ip -n {self.name} link set {name} mtu {mtu} up
         """)
 
+    def add_macvlan(self, name: str) -> None:
+        """Without addresses; on the bridge by a link of the host's."""
+        parent = f"v{self.number}parent"
+        sh(f"""
+            ip link add {parent} type veth peer name {parent}b
+            ip link set {parent}b master {BRIDGE} up
+            ip link set {parent} up
+            ip link add link {parent} name {name} netns {self.name} type macvlan mode bridge
+            ip -n {self.name} link set {name} up
+        """)
+
     def add_eth0(self, mtu: int = 1500) -> None:
         """As a CNI plugin does, with addresses on the bridge and default routes to the host."""
         self.add_veth(mtu=mtu)
@@ -139,9 +150,12 @@ class Namespace:
                 for each in links
             ),
             frozenset(
-                tuple(
-                    (key, str(route.get(key, "")))
-                    for key in ("dst", "gateway", "dev", "scope", "metric", "prefsrc")
+                (
+                    *(
+                        (key, str(route.get(key, "")))
+                        for key in ("dst", "gateway", "dev", "scope", "metric", "prefsrc")
+                    ),
+                    ("onlink", str("onlink" in route["flags"])),
                 )
                 for route in (*self.ip("route"), *self.ip("-6", "route"))
             ),
@@ -191,7 +205,8 @@ def _route(words: list[str]) -> tuple[tuple[str, str], ...]:
         return words[words.index(word) + 1] if word in words else ""
 
     keys = {"gateway": "via", "dev": "dev", "scope": "scope", "metric": "metric", "prefsrc": "src"}
-    return (("dst", words[0]), *((key, after(word)) for key, word in keys.items()))
+    found = ((key, after(word)) for key, word in keys.items())
+    return (("dst", words[0]), *found, ("onlink", str("onlink" in words)))
 
 
 @contextlib.contextmanager

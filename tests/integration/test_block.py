@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import re
 import signal
 import stat
+import struct
 import subprocess
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, replace
@@ -17,11 +19,11 @@ from typing import Any, TypeVar
 
 import pytest
 from conftest import Config
-from cri import Crictl
 from harness import Ctr, new_id, processes_of, wait_for
 from private_containerd import CACHE, Containerd
 from templates import KATA_PY, Log, templates
 from test_sandbox import booting, container_config, run, sandbox_config, spec
+from test_share_sizes import LARGE_MIB
 
 from virtcontainers import direct_volume
 from virtcontainers.config import ContainerConfig, Mount, SharedFS
@@ -66,6 +68,16 @@ def loop(path: Path) -> Iterator[str]:
         yield device
     finally:
         subprocess.run(["losetup", "-d", device], check=True)
+
+
+@contextlib.contextmanager
+def loop_partition(device: str) -> Iterator[str]:
+    """The first of the partitions that are on a loop device."""
+    subprocess.run(["partx", "--add", device], check=True)
+    try:
+        yield f"{device}p1"
+    finally:
+        subprocess.run(["partx", "--delete", device], check=True)
 
 
 def grow(path: Path, device: str, mib: int) -> None:
@@ -217,6 +229,13 @@ def test_a_device_that_two_containers_have_is_plugged_in_once_and_out_at_the_end
         reading = pod.container(
             "read", "until read l < /dev/xvdz && [ $l ]; do :; done; echo $l", devices=[entry]
         )
+        # What it may only read the guest cannot write, whatever it does.
+        readonly = pod.container(
+            "readonly",
+            "echo x > /dev/xvdz; read line < /dev/xvdz; echo $line",
+            devices=[entry],
+            resources={"devices": [{"allow": False, "access": "rwm"}, rule]},
+        )
         disks = pod.disks()
 
         async def body() -> None:
@@ -234,20 +253,15 @@ def test_a_device_that_two_containers_have_is_plugged_in_once_and_out_at_the_end
                 found = await pod.sandbox.hypervisor.monitor.execute("query-named-block-nodes")  # type: ignore[attr-defined]
                 # The roots' are others.
                 assert sum(node["drv"] == "host_device" for node in found) == 1
+                with pytest.raises(InvalidArgumentError, match=f"{device}: found it writable in the machine"):
+                    await pod.sandbox.create_container(replace(readonly, id=new_id("readonly")))
             finally:
                 await first.stop()
                 await first.delete()
 
         pod.await_(body())
         assert pod.disks() == disks
-        # What it may only read the guest cannot write, whatever it does.
-        refused = pod.container(
-            "readonly",
-            "echo x > /dev/xvdz; read line < /dev/xvdz; echo $line",
-            devices=[entry],
-            resources={"devices": [{"allow": False, "access": "rwm"}, rule]},
-        )
-        assert pod.run(refused).endswith("hello\n")
+        assert pod.run(readonly).endswith("hello\n")
         assert Path(device).read_bytes()[:6] == b"hello\n"
 
 
@@ -271,6 +285,19 @@ def test_devices_in_use_or_empty_are_refused_by_name(pod: Pod, tmp_path: Path) -
         entry = device_entry(device)
         with pytest.raises(InvalidArgumentError, match="found 0 bytes, expected a disk"):
             pod.run(pod.container("empty", "true", devices=[entry]))
+    disk = image(tmp_path / "parts", 16, fs=False)
+    with disk.open("r+b") as file:
+        # As of DOS: the first of four entries, and the mark of such a table.
+        file.seek(446)
+        file.write(struct.pack("<4xB3xII48xH", 0x83, 2048, 8192, 0xAA55))
+    with loop(disk) as device, loop_partition(device) as partition:
+        subprocess.run(["mkfs.ext4", "-q", partition], check=True)
+        subprocess.run(["mount", partition, str(tmp_path / "mnt")], check=True)
+        try:
+            with pytest.raises(FailedPreconditionError, match=f"{device} is in use by the host"):
+                pod.run(pod.container("busy", "true", devices=[device_entry(device)]))
+        finally:
+            subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
     entry |= {"major": 4000, "minor": 1}
     with pytest.raises(InvalidArgumentError, match="the host has no block device 4000:1"):
         pod.run(pod.container("nothing", "true", devices=[entry]))
@@ -296,6 +323,24 @@ def test_volumes_that_are_disks(pod: Pod, tmp_path: Path) -> None:
     assert read_image(disk, "/f") == "one\none\n"
 
 
+def test_a_large_file_on_a_disk_is_whole_both_ways(pod: Pod, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    digest, block = hashlib.md5(), os.urandom(MIB)
+    with (tmp_path / "files/large").open("wb") as file:
+        for number in range(LARGE_MIB):
+            piece = number.to_bytes(8, "little") + block[8:]
+            digest.update(piece)
+            file.write(piece)
+    disk = image(tmp_path / "disk", 2 * LARGE_MIB + 32, root=tmp_path / "files")
+    (tmp_path / "files/large").unlink()
+    mounts = [{"destination": "/data", "type": "ext4", "source": str(disk), "options": ["loop"]}]
+    script = "/bin/busybox md5sum < /data/large; /bin/busybox dd if=/data/large of=/data/copy bs=1M"
+    assert pod.run(pod.container("large", script, mounts)).split()[0] == digest.hexdigest()
+    subprocess.run(["debugfs", "-R", f"dump /copy {tmp_path}/copy", str(disk)], check=True)
+    with (tmp_path / "copy").open("rb") as file:
+        assert hashlib.file_digest(file, "md5").hexdigest() == digest.hexdigest()
+
+
 @pytest.mark.parametrize("kind", ["image", "device"])
 def test_a_direct_volume_is_mounted_by_the_guest_measured_and_grows(
     pod: Pod, tmp_path: Path, kind: str
@@ -307,13 +352,16 @@ def test_a_direct_volume_is_mounted_by_the_guest_measured_and_grows(
         device = stack.enter_context(loop(disk)) if kind == "device" else str(disk)
         info = {"device": device, "options": ["noatime"], "metadata": group}
         stack.enter_context(registered(volume, info))
-        config = pod.container("direct", "echo kept > /data/f; sleep 1000", mounts)
+        config = pod.container("direct", "echo kept > /data/f; echo written; sleep 1000", mounts)
 
         async def body() -> None:
             sandbox = pod.sandbox
             container = await sandbox.create_container(config)
             try:
                 await container.start()
+                assert await container.process.read_stdout(100) == b"written\n"
+                other = await sandbox.create_container(pod.container("other", "true", mounts))
+                await other.delete()
                 assert direct_volume.sandbox_id_for_volume(str(volume)) == sandbox.id
                 before = await sandbox.guest_volume_stats(device)
                 assert 4 * MIB < before.usage[0].total <= 8 * MIB
@@ -372,7 +420,6 @@ def test_a_disk_that_the_guest_keeps_is_not_waited_for_for_ever(
 ) -> None:
     if pod.sandbox.config.hypervisor.block_device_driver == "virtio-scsi":
         pytest.skip("QEMU does not ask the guest for a SCSI disk")
-    monkeypatch.setattr(manager, "_UNPLUG_TIMEOUT_S", 0.5)
     hypervisor, devices = pod.sandbox.hypervisor, pod.sandbox.devices
     disk = DeviceInfo(path=image(tmp_path / "disk", 8, fs=False))
     before = pod.disks()
@@ -381,7 +428,9 @@ def test_a_disk_that_the_guest_keeps_is_not_waited_for_for_ever(
     async def body() -> None:
         device = await devices.attach(hypervisor, disk)
         await monitor.execute("stop")
-        await devices.detach(hypervisor, device)
+        with monkeypatch.context() as patch:
+            patch.setattr(manager, "_UNPLUG_TIMEOUT_S", 0.5)
+            await devices.detach(hypervisor, device)
         await monitor.execute("cont")
         assert "has not let go of virtio-drive" in caplog.text
         # It is none of anybody's business any more, and can be plugged in once more.
@@ -389,6 +438,27 @@ def test_a_disk_that_the_guest_keeps_is_not_waited_for_for_ever(
 
     pod.await_(body())
     assert len(pod.disks()) <= len(before) + 1
+
+
+def test_what_was_written_is_on_a_disk_that_others_still_see(pod: Pod, tmp_path: Path) -> None:
+    """A container that is made while another has a disk has the mount in its namespace, too."""
+    disk = image(tmp_path / "disk", 8)
+    mount = {"destination": "/data", "type": "ext4", "source": str(disk), "options": ["loop"]}
+
+    async def body() -> None:
+        writing = await pod.sandbox.create_container(pod.container("one", "echo kept > /data/f", [mount]))
+        other = await pod.sandbox.create_container(pod.container("two", "sleep 1000"))
+        try:
+            await other.start()
+            assert await run(writing) == (0, b"")
+            await writing.delete()
+            assert read_image(disk, "/f") == "kept\n"
+        finally:
+            await other.stop()
+            await other.delete()
+
+    pod.await_(body())
+    subprocess.run(["e2fsck", "-fn", str(disk)], check=True, capture_output=True)
 
 
 def test_a_root_that_is_no_disk_is_refused_where_nothing_is_shared(pod: Pod) -> None:
@@ -522,18 +592,4 @@ def test_ctr_gives_a_device_to_a_container(ctr: Ctr, container_id: str, tmp_path
         options = ("--device", device)
         result = ctr.run(container_id, "sh", "-c", script, options=options)
         assert result.stdout == b"block special file\n", result.stderr
-        assert Path(device).read_bytes()[:15] == b"from the guest\n"
-
-
-def test_a_block_volume_of_kubernetes_is_a_device_under_its_own_name(crictl: Crictl, tmp_path: Path) -> None:
-    with loop(image(tmp_path / "disk", 8, fs=False)) as device, crictl.pod("blockvolume") as pod:
-        devices = [{"container_path": "/dev/xvdb", "host_path": device, "permissions": "rw"}]
-        script = "stat -c %F /dev/xvdb; echo from the guest > /dev/xvdb"
-        assert pod.run("one", "sh", "-c", script, devices=devices).stdout == "block special file\n"
-        assert Path(device).read_bytes()[:15] == b"from the guest\n"
-        # It was plugged out, and comes again; who may only read it cannot write.
-        devices[0]["permissions"] = "r"
-        script = "read line < /dev/xvdb; echo $line; echo no > /dev/xvdb"
-        refused = pod.run("two", "sh", "-c", script, devices=devices)
-        assert refused.stdout == "from the guest\n" and refused.returncode == 1
         assert Path(device).read_bytes()[:15] == b"from the guest\n"

@@ -18,7 +18,7 @@ from test_volumes import GROUP, Kubelet
 
 from virtcontainers.config import ContainerConfig, SharedFS
 from virtcontainers.container import Container
-from virtcontainers.errors import InvalidArgumentError
+from virtcontainers.errors import InvalidArgumentError, KataError
 from virtcontainers.sandbox import Sandbox, create_sandbox
 
 
@@ -105,8 +105,10 @@ def test_what_kubelet_changes_changes_in_the_container(pod: Pod, kubelet: Kubele
     async def body() -> tuple[str, str]:
         config = container(pod, "token", script, [bind(volume, "/token", "ro")])
         made = await pod.sandbox.create_container(config)
+        (copied,) = made._volumes.copied
         try:
             await made.start()
+            await pod.sandbox.agent.get_volume_stats(copied.guest_path)
             before = await says(made, "\n")
             kubelet.publish(volume, 2, token="second", new="new")
             after = await says(made, "No such file or directory\n")
@@ -116,12 +118,38 @@ def test_what_kubelet_changes_changes_in_the_container(pod: Pod, kubelet: Kubele
         finally:
             await made.stop()
             await made.delete()
+            with pytest.raises(KataError, match="No such file"):
+                await pod.sandbox.agent.get_volume_stats(copied.guest_path)
 
     before, after = pod.await_(body())
     assert before == "firstold\n"
     assert re.match(r"secondnew(\n|)", after)
-    left = pod.run(container(pod, "left", "ls /run/kata-containers 2>&1", []))
-    assert "token" not in left
+
+
+@pytest.mark.parametrize("why", ["the container's", "the copy's"])
+def test_of_a_container_that_is_not_created_no_copy_stays(
+    pod: Pod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+    config = container(pod, "refused", "", [bind(tmp_path / n, f"/{n}") for n in ("one", "two")])
+    config.spec["process"]["args"] = ["no-such-command"]
+    copies: list[str] = []
+    copy_file = pod.sandbox.agent.copy_file
+
+    async def copy_one(path: str, *arguments: Any, **more: Any) -> None:
+        if why == "the copy's" and copies:
+            raise KataError("no more is copied")
+        await copy_file(path, *arguments, **more)
+        copies.append(path)
+
+    monkeypatch.setattr(pod.sandbox.agent, "copy_file", copy_one)
+    with pytest.raises(KataError, match=r"no-such-command|no more"):
+        pod.run(config)
+    assert copies
+    for path in copies:
+        with pytest.raises(KataError, match="No such file"):
+            pod.await_(pod.sandbox.agent.get_volume_stats(path))
 
 
 def test_empty_dirs_are_the_machines(pod: Pod, kubelet: Kubelet) -> None:

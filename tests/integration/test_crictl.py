@@ -14,7 +14,7 @@ from pathlib import Path
 
 import host_state
 import pytest
-from cri import POD, Crictl, Pod, cgroups
+from cri import POD, CriClient, Crictl, Pod, cgroups
 from harness import TIMEOUT_S, processes_of, wait_for
 from private_cri import KUBERNETES, RUNTIME_HANDLER
 from test_volumes import Kubelet, umount
@@ -294,6 +294,43 @@ def test_the_readmes_pod(crictl: Crictl, tmp_path: Path) -> None:
             assert pod[:13] in crictl("statsp", pod).stdout
         finally:
             crictl("rmp", "--force", pod)
+
+
+def test_where_crictl_cannot_be_had_there_are_its_commands(crictl: Crictl) -> None:
+    client = CriClient(crictl.containerd, crictl.directory)
+    with client.pod("client") as pod:
+        assert client.inspectp(pod.id)["status"]["state"] == "SANDBOX_READY"
+        assert re.search(rf"{pod.id[:13]} .* Ready +{pod.name} ", client("pods").stdout)
+        container = pod.start("c", "sh", "-c", "echo out; echo err >&2; exec sleep 100000")
+        assert client.status(container)["state"] == "CONTAINER_RUNNING"
+        assert re.search(rf"{container[:13]} .* Running +c ", client("ps").stdout)
+        assert pod.exec(container, "echo", "hello").stdout == "hello\n"
+        assert client("exec", "-i", container, "cat", input="there and back").stdout == "there and back"
+        failed = client("exec", container, "sh", "-c", "exit 4", check=False)
+        assert failed.returncode == 1
+        assert "exit code 4" in failed.stderr
+        with client.terminal("exec", "-it", container, "sh", size=(33, 99)) as terminal:
+            terminal.expect("# ")
+            terminal.type("stty size; exit\n")
+            terminal.expect("33 99")
+            assert terminal.process.wait(TIMEOUT_S) == 0
+        logs = client("logs", container)
+        assert (logs.stdout, logs.stderr) == ("out\n", "err\n")
+        client("update", "--memory", str(48 << 20), container)
+        assert pod.exec(container, "cat", "/sys/fs/cgroup/memory.max").stdout == f"{48 << 20}\n"
+        assert container[:13] in client("stats").stdout
+        assert pod.id[:13] in client("statsp").stdout
+        reader = pod.start("reader", "sh", stdin=True, stdin_once=True)
+        assert client("attach", "-i", reader, input="echo $((6 * 7))\n").stdout == "42\n"
+        assert pod.wait_exited(reader)["exitCode"] == 0
+        refused = client("rm", container, check=False)
+        assert "is running" in refused.stderr
+        client("stop", container)
+        client("rm", container, reader)
+        assert client("ps", "--all", "--quiet", "--pod", pod.id).stdout == ""
+        client("stopp", pod.id)
+        client("rmp", pod.id)
+        assert pod.id not in client("pods", "--quiet").stdout
 
 
 def test_a_stopped_pod_is_no_machine_any_more(crictl: Crictl) -> None:

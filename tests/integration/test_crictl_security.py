@@ -12,6 +12,7 @@ import pytest
 from cri import NODE, POD, Crictl, Pod
 from harness import wait_for
 from private_cri import HOST_DEVICES_HANDLER
+from test_block import image, loop
 
 SLEEP = ("sleep", "100000")
 RUNTIME_DEFAULT, UNCONFINED, LOCALHOST = 0, 1, 2
@@ -218,3 +219,17 @@ def test_host_devices_of_a_privileged_container_are_refused_by_name(crictl: Cric
         assert refused.returncode != 0
         assert re.search("found the host's block device /dev/[a-z0-9/-]+ in linux.devices", refused.stderr)
         assert "privileged_without_host_devices = true" in refused.stderr
+
+
+def test_a_block_volume_of_kubernetes_is_a_device_under_its_own_name(crictl: Crictl, tmp_path: Path) -> None:
+    with loop(image(tmp_path / "disk", 8, fs=False)) as device, crictl.pod("blockvolume") as pod:
+        devices = [{"container_path": "/dev/xvdb", "host_path": device, "permissions": "rw"}]
+        script = "stat -c %F /dev/xvdb; echo from the guest > /dev/xvdb"
+        assert pod.run("one", "sh", "-c", script, devices=devices).stdout == "block special file\n"
+        assert Path(device).read_bytes()[:15] == b"from the guest\n"
+        # It was plugged out, and comes again; who may only read it cannot write.
+        devices[0]["permissions"] = "r"
+        script = "read line < /dev/xvdb; echo $line; echo no > /dev/xvdb"
+        refused = pod.run("two", "sh", "-c", script, devices=devices)
+        assert refused.stdout == "from the guest\n" and refused.returncode == 1
+        assert Path(device).read_bytes()[:15] == b"from the guest\n"

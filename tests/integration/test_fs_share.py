@@ -11,6 +11,7 @@ import pytest
 
 from virtcontainers import mount
 from virtcontainers.config import Mount, RootFs
+from virtcontainers.copied_files import CopiedFile
 from virtcontainers.errors import KataError
 from virtcontainers.fs_share import FilesystemShare
 
@@ -196,6 +197,36 @@ def test_a_volume_in_a_folder_that_a_guest_has_does_not_lead_out_of_it(
     share.unshare_files("web")
     share.unshare_files("hostile")
     share.share_file("web", tmp_path / "volume/out", "/data", readonly=True)
+
+
+def test_a_way_by_the_hosts_own_links_and_mounts_into_a_guests_folder_does_not_lead_out_of_it(
+    share: FilesystemShare, tmp_path: Path
+) -> None:
+    for name in ("volume/inner", "volume/real", "disk", "host"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "host/file").write_text("the host's")
+    mount.mount(tmp_path / "disk", tmp_path / "volume/inner", flags=mount.MS_BIND)
+    try:
+        share.share_file("hostile", tmp_path / "volume", "/data", readonly=False)
+        (tmp_path / "alias").symlink_to("volume/way/below")
+        (tmp_path / "volume/way").symlink_to(tmp_path)
+        (tmp_path / "below").symlink_to("host")
+        (tmp_path / "disk/out").symlink_to(tmp_path / "host")
+        for source, folder in (("alias", "volume"), ("disk/out", "disk")):
+            refusal = rf"{tmp_path}/{source}: .*; a guest can write in {tmp_path}/{folder}$"
+            with pytest.raises(KataError, match=refusal):
+                share.share_file("web", tmp_path / source, "/data", readonly=True)
+            with pytest.raises(KataError, match=refusal):
+                CopiedFile(tmp_path / source, "/copy").check(readonly=True)
+        (tmp_path / "volume/way").unlink()
+        (tmp_path / "volume/way").symlink_to(".")
+        (tmp_path / "volume/below").symlink_to("real")
+        share.share_file("web", tmp_path / "alias", "/data", readonly=True)
+        CopiedFile(tmp_path / "alias", "/copy").check(readonly=True)
+    finally:
+        for container in ("web", "hostile"):
+            share.unshare_files(container)
+        mount.unmount(tmp_path / "volume/inner")
 
 
 def test_unmounting_does_not_follow_a_symlink_that_a_guest_puts_in_the_way(

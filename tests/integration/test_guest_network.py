@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import socket
 import struct
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -22,7 +23,7 @@ from virtcontainers.agent import KataAgent
 from virtcontainers.config import AgentConfig, AgentTransport, HypervisorConfig, SharedFS
 from virtcontainers.errors import DeadlineExceededError, InvalidArgumentError, KataError, NotFoundError
 from virtcontainers.factory.template import Template, destroy
-from virtcontainers.hypervisor.base import Persisted
+from virtcontainers.hypervisor.base import NetDevice, Persisted, QMPFailed
 from virtcontainers.vm import VM, VMConfig
 
 pytestmark = pytest.mark.skipif(
@@ -165,11 +166,14 @@ def test_a_clone_gets_the_interfaces_routes_and_neighbours_it_is_told(template: 
                     route(dest="10.6.0.0/16", gateway="10.7.7.7", device="eth0", flags=4),
                     route(gateway="fd88::1", device="eth1", family=types_pb2.v6),
                     route(dest="fd77::/64", device="eth1", family=types_pb2.v6, priority=7),
+                    route(dest="10.8.0.0/16", gateway="fd88::9", device="eth1", priority=9),
                 ]
             )
+            # busybox does not tell of a gateway of the other family.
             assert sorted(await guest.words("ip route")) == [
                 "10.5.0.0/16 via 169.254.1.1 dev eth0",
                 "10.6.0.0/16 via 10.7.7.7 dev eth0 onlink",
+                "10.8.0.0/16 dev eth1 metric 9",
                 "10.88.0.0/24 dev eth1 scope link src 10.88.0.2",
                 "169.254.1.1 dev eth0 scope link src 10.99.0.2",
                 "default via 10.88.0.1 dev eth1",
@@ -180,6 +184,7 @@ def test_a_clone_gets_the_interfaces_routes_and_neighbours_it_is_told(template: 
             assert "fd77::/64 dev eth1 metric 7" in ipv6
             found = {(r.dest, r.gateway, r.device, r.priority, r.mtu) for r in await agent.list_routes()}
             assert ("0.0.0.0/0", "10.88.0.9", "eth1", 50, 1300) in found
+            assert ("10.8.0.0/16", "fd88::9", "eth1", 9, 0) in found
 
             await agent.add_arp_neighbors(
                 [
@@ -315,6 +320,11 @@ def test_what_cannot_be_is_refused_by_name(template: Template) -> None:
                     with pytest.raises(error, match=sentence):
                         await refused
                 assert "inet 10.88.0.2/24 brd 10.88.0.255 scope global eth0" in await guest.words("ip addr")
+                with tap("tap-b") as another:
+                    device = NetDevice("a", OTHER_MAC, [another])
+                    with pytest.raises(QMPFailed, match="QMP netdev_add: Duplicate ID 'a'"):
+                        await guest.vm.hypervisor.hotplug_net(device)
+                assert "tap-b" not in {name for _, name in socket.if_nameindex()}, "QEMU has it open"
 
     asyncio.run(body())
 

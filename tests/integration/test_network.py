@@ -83,6 +83,8 @@ def nets(lan: None) -> Iterator[tuple[Namespace, Namespace]]:
         one.add_eth0()
         two.add_eth0(mtu=1400)
         two.add_veth("net1", mtu=9000)
+        two.add_macvlan("net2")
+        sh("ip addr add 10.90.0.1/24 dev kpy-lan")
         two.sh("""
             ip addr add 10.77.0.2/32 dev net1
             ip addr add 10.77.0.3/24 dev net1
@@ -94,6 +96,8 @@ def nets(lan: None) -> Iterator[tuple[Namespace, Namespace]]:
             ip -6 route add fd00:77::/64 dev eth0 metric 77
             ip neigh add 10.77.0.9 lladdr 02:00:00:00:77:09 dev net1 nud permanent
             ip -6 neigh add fd00:255::77 lladdr 02:00:00:00:77:77 dev eth0 nud permanent
+            ip addr add 10.90.0.2/24 dev net2
+            ip tuntap add net3 mode tap; ip addr add 10.91.0.2/24 dev net3; ip link set net3 up
         """)
         yield one, two
 
@@ -108,7 +112,8 @@ def pods(
     one, two = nets
     before = one.state(), two.state()
     path = tmp_path_factory.mktemp("b") / "configuration.toml"
-    write_kata_config(path, {"hypervisor.qemu": {"default_vcpus": 2, "shared_fs": "virtio-9p"}})
+    hypervisor = {"default_vcpus": 2, "shared_fs": "virtio-9p"}
+    write_kata_config(path, {"hypervisor.qemu": hypervisor, "agent.kata": {"dial_timeout": TIMEOUT_S}})
     booted = ("--runtime-config-path", str(path))
     with (
         ctr.detached(new_id("booted"), *SLEEP, options=(*booted, *one.options)) as first,
@@ -133,12 +138,21 @@ class TestTwoPods:
         queues = [succeeds(ctr, pod, "ls", "/sys/class/net/eth0/queues").split() for pod in pods]
         assert queues == [["rx-0", "rx-1", "tx-0", "tx-1"], ["rx-0", "tx-0"]]
 
+    def test_qemu_itself_is_not_where_their_links_are(
+        self, pods: tuple[str, str], nets: tuple[Namespace, Namespace]
+    ) -> None:
+        for pod, net in zip(pods, nets, strict=True):
+            (qemu,) = processes_of(pod, "qemu-system")
+            places = [Path(f"/proc/{qemu}/ns/net"), Path("/run/netns", net.name), Path("/proc/self/ns/net")]
+            assert len({place.stat().st_ino for place in places}) == 3
+
     def test_they_reach_the_host_and_each_other(
         self, ctr: Ctr, pods: tuple[str, str], nets: tuple[Namespace, Namespace]
     ) -> None:
         for pod, other in zip(pods, reversed(nets), strict=True):
             for address in (HOST, HOST6, other.address, other.address6):
                 assert ping(ctr, pod, address), address
+        assert ping(ctr, pods[1], "10.90.0.1"), "by the macvlan"
 
     def test_a_gibibyte_arrives_whole(
         self, ctr: Ctr, pods: tuple[str, str], nets: tuple[Namespace, Namespace]
@@ -316,6 +330,22 @@ def test_links_come_go_and_change_while_the_pod_runs(
         wait_for("the link's end in the guest", follows)
         wait_for("its TAP's end", lambda: "tap1_kata" not in net.links())
         assert ping(ctr, container_id, HOST)
+
+
+def test_a_pod_with_ipv6_only_outlives_its_namespace(
+    ctr: Ctr, container_id: str, template: Templates, net: Namespace
+) -> None:
+    net.add_eth0()
+    net.sh("ip -4 addr flush dev eth0; ip -4 route flush table main")
+    with ctr.detached(container_id, *SLEEP, options=(*template.options, *net.options)):
+        assert seen_in(ctr, container_id) == net.seen()
+        assert ping(ctr, container_id, HOST6)
+        net.sh("ip link del eth0")
+        sh(f"ip netns del {net.name}")
+        links = "ls", "/sys/class/net"
+        wait_for("the link's end in the guest", lambda: succeeds(ctr, container_id, *links).split() == ["lo"])
+        assert succeeds(ctr, container_id, "ip", "-6", "route", "show", "default") == ""
+    sh(f"ip netns add {net.name}")  # for the fixture, which looks into it
 
 
 @pytest.mark.parametrize("kind", ["tcfilter", "macvtap"])

@@ -17,6 +17,7 @@ from harness import new_id, processes_of, put_busybox
 
 from agent_client.client import REQUEST_TIMEOUT_S
 from virtcontainers import persist
+from virtcontainers.agent import KataAgent
 from virtcontainers.cleanup import cleanup
 from virtcontainers.config import (
     AgentConfig,
@@ -41,6 +42,9 @@ from virtcontainers.errors import (
 )
 from virtcontainers.factory import Factory
 from virtcontainers.factory.direct import Direct
+from virtcontainers.fs_share import FilesystemShare
+from virtcontainers.hypervisor.hotplug import NotOnline
+from virtcontainers.mount import mounts_below
 from virtcontainers.sandbox import Sandbox, create_sandbox
 from virtcontainers.vm import VMConfig
 
@@ -181,6 +185,44 @@ def test_containers_share_a_machine_and_a_failed_one_leaves_it_usable(
     asyncio.run(body())
 
 
+def test_a_container_whose_memory_the_guest_does_not_use_is_undone_and_the_pod_goes_on(
+    tmp_path: Path, guest_image: Path
+) -> None:
+    """Its agent leaves the blocks offline, as Kata's does with those that the kernel refuses."""
+
+    async def online_cpu_mem(agent: KataAgent, nb_cpus: int, *, cpu_only: bool, timeout_s: float) -> None:
+        pass
+
+    async def body() -> None:
+        pod = new_id("pod")
+        config = sandbox_config(tmp_path, guest_image, pod, spec("sleep", "1000"), default_maxmemory_mib=1024)
+        limited = spec("sh", "-c", "while read -r what size unit; do echo $size; break; done </proc/meminfo")
+        limited["linux"]["resources"] = {"memory": {"limit": 512 << 20}}
+        sandbox = await create_sandbox(config, booting(config))
+        try:
+            await sandbox.containers[pod].start()
+            shared = sorted(p.name for p in sandbox.fs_share.shared_path.iterdir())
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(KataAgent, "online_cpu_mem", online_cpu_mem)
+                patch.setattr("virtcontainers.online._SETTLED_S", 0.5)
+                patch.setattr("virtcontainers.online._TAKE_BACK_TIMEOUT_S", 120)
+                with pytest.raises(NotOnline, match="does not use 512 MiB more memory: its MemTotal is "):
+                    await sandbox.create_container(container_config(tmp_path, "late", limited))
+            assert set(sandbox.containers) == {pod}
+            assert sorted(p.name for p in sandbox.fs_share.shared_path.iterdir()) == shared
+            assert sandbox.memory_mib == 256, "what it does not use was taken back"
+            free = await sandbox.create_container(container_config(tmp_path, "free", spec("true")))
+            assert await run(free) == (0, b"")
+            later = await sandbox.create_container(container_config(tmp_path, "later", limited))
+            status, shown = await run(later)
+            assert status == 0
+            assert int(shown) > 512 << 10
+        finally:
+            await sandbox.delete()
+
+    asyncio.run(body())
+
+
 def test_a_second_sandbox_of_the_same_name_is_refused(tmp_path: Path, guest_image: Path) -> None:
     async def body() -> None:
         pod = new_id("pod")
@@ -279,6 +321,28 @@ def test_cleanup_takes_a_pod_off_the_host_whose_owner_was_killed(tmp_path: Path,
     with pytest.raises(NotFoundError):
         persist.load(pod)
     asyncio.run(cleanup(pod, pod))
+
+
+def test_what_would_not_go_is_all_that_stays_and_hides_no_reason(tmp_path: Path, guest_image: Path) -> None:
+    pod = new_id("pod")
+    config = sandbox_config(tmp_path, guest_image, pod, spec("true"))
+    odd = FilesystemShare(pod).root / "mounts" / pod / "odd"
+
+    async def put_it_there(sandbox: Sandbox) -> None:
+        odd.write_text("content")
+        raise InvalidArgumentError("the hook's reason")
+
+    try:
+        with pytest.raises(InvalidArgumentError, match="the hook's reason"):
+            asyncio.run(create_sandbox(config, booting(config), prestart=put_it_there))
+        assert processes_of(pod, "qemu-system") == []
+        assert mounts_below(tmp_path) == mounts_below(FilesystemShare(pod).root) == []
+        assert odd.read_text() == "content"
+        with pytest.raises(KataError, match=f"{odd} is not removed: it has content"):
+            asyncio.run(cleanup(pod, pod))
+    finally:
+        odd.unlink(missing_ok=True)
+        asyncio.run(cleanup(pod, pod))
 
 
 def test_a_creation_that_fails_leaves_nothing(tmp_path: Path, guest_image: Path) -> None:

@@ -16,6 +16,7 @@ from test_ctr_pod import cri
 
 SLEEP = ("sleep", "100000")
 GROUP = 2000
+SHARES_EMPTY_DIRS = "virtio-fs"
 
 
 def mount(*arguments: str | Path) -> None:
@@ -72,6 +73,7 @@ class Pod:
     id: str
     template: Templates
     kubelet: Kubelet
+    shares_empty_dirs: bool
     _containers: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -106,7 +108,10 @@ def pod(request: pytest.FixtureRequest, ctr: Ctr, tmp_path_factory: pytest.TempP
     (directory / "for-the-guest/file").write_text("sandbox_bind_mounts")
     settings = {
         "hypervisor.qemu": {"shared_fs": request.param},
-        "runtime": {"sandbox_bind_mounts": [str(directory / "for-the-guest")]},
+        "runtime": {
+            "sandbox_bind_mounts": [str(directory / "for-the-guest")],
+            "disable_guest_empty_dir": request.param == SHARES_EMPTY_DIRS,
+        },
     }
     kubelet = Kubelet(directory)
     with kubelet.mounted, templates(directory, settings) as template:
@@ -114,7 +119,7 @@ def pod(request: pytest.FixtureRequest, ctr: Ctr, tmp_path_factory: pytest.TempP
         pod_id = new_id(f"volumes-{request.param}")
         options = (*cri("sandbox", pod_id), *template.options)
         with ctr.detached(pod_id, *SLEEP, options=options):
-            yield Pod(ctr, pod_id, template, kubelet)
+            yield Pod(ctr, pod_id, template, kubelet, request.param == SHARES_EMPTY_DIRS)
 
 
 @pytest.fixture
@@ -210,7 +215,7 @@ def test_an_empty_dir_in_memory_is_the_machines_own(pod: Pod) -> None:
         assert again("cat /cache/file /whole/file") == "one\none\n", "a restart loses nothing"
 
 
-def test_an_empty_dir_on_disk_is_beside_the_pods_root(pod: Pod) -> None:
+def test_an_empty_dir_on_disk_is_beside_the_pods_root_or_shared(pod: Pod) -> None:
     path = pod.kubelet.path("empty-dir", "disk")
     os.chown(path, -1, GROUP)
     path.chmod(0o2777)
@@ -219,7 +224,8 @@ def test_an_empty_dir_on_disk_is_beside_the_pods_root(pod: Pod) -> None:
         assert two("cat /disk/file; stat -c '%g %a' /disk") == f"one\n{GROUP} 2777\n"
     with pod.container(bind(path, "/disk", "rw")) as again:
         assert again("cat /disk/file") == "one\n", "a restart loses nothing"
-    assert not list(path.iterdir()), "nothing of it is in kubelet's folder"
+    in_kubelets_folder = [file.name for file in path.iterdir()]
+    assert in_kubelets_folder == (["file"] if pod.shares_empty_dirs else [])
 
 
 @pytest.mark.parametrize(("kind", "fstype"), [("configmap", "tmpfs"), ("projected", "")])

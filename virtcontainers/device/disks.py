@@ -40,6 +40,8 @@ class ContainerDisks:
         self.devices: list[agent_pb2.Device] = []
         self.guest_volumes: dict[str, GuestVolume] = {}
         """By the host's path of the device."""
+        self._direct_volumes: set[str] = set()
+        """For which it is recorded that the pod has them."""
 
     @property
     def root(self) -> str:
@@ -83,13 +85,19 @@ class ContainerDisks:
             with self._named(f"mount {volume.destination}"):
                 device = await _attach(sandbox, volume.device, undo)
                 if volume.is_direct:
-                    undo.callback(direct_volume.forget_sandbox_id, sandbox.id, source)
+                    undo.callback(self._forget_direct_volume, sandbox, source)
+                    self._direct_volumes.add(source)
                     direct_volume.record_sandbox_id(sandbox.id, source)
             storage = volume.storage(device)
             self.storages.append(storage)
             self.guest_volumes[str(volume.device.path)] = GuestVolume(device, storage.mount_point)
             mounts.append(volume.guest_mount(storage))
         put_block_volumes(guest_spec, mounts)
+
+    def _forget_direct_volume(self, sandbox: Sandbox, source: str) -> None:
+        self._direct_volumes.discard(source)
+        if not any(source in c.disks._direct_volumes for c in sandbox.containers.values()):
+            direct_volume.forget_sandbox_id(sandbox.id, source)
 
     async def _attach_host_devices(self, sandbox: Sandbox, undo: AsyncExitStack) -> None:
         """The block devices of linux.devices; of the others the guest makes its own."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from agent_client.protocols import agent_pb2
 from virtcontainers.device.block import DeviceInfo, Key, key_of, opened
 from virtcontainers.errors import InvalidArgumentError, KataError
-from virtcontainers.fs_share import guests_folder
+from virtcontainers.fs_share import guests_part
 from virtcontainers.hypervisor.base import Hypervisor
 from virtcontainers.hypervisor.hotplug_block import BlockDrive, PluggedDrive
 
@@ -66,10 +66,10 @@ class DeviceManager:
 
     @contextlib.contextmanager
     def _opened(self, info: DeviceInfo) -> Iterator[tuple[Key, BlockDrive]]:
-        if (folder := guests_folder(info.path)) is not None:
+        if (guests := guests_part(info.path)) is not None:
             # Whose root user makes symlinks and device nodes there.
             raise InvalidArgumentError(
-                f"block device {info.path}: a guest can write in {folder}, expected another path"
+                f"block device {info.path}: a guest can write in {guests.folder}, expected another path"
             )
         self._allow(info.path)
         with opened(info) as found:
@@ -86,9 +86,11 @@ class DeviceManager:
                         raise InvalidArgumentError(f"block device {info.path} has become another")
                     device.plugged = await hypervisor.hotplug_block(drive)
                 device.readonly = info.readonly
-            elif device.readonly and not info.readonly:
+            elif device.readonly != info.readonly and (device.readonly or not info.has_filesystem):
+                # Of a file system each has a mount of its own, which can be read-only.
+                found_it = "read-only" if device.readonly else "writable"
                 raise InvalidArgumentError(
-                    f"block device {info.path}: found it read-only in the machine already, for another "
+                    f"block device {info.path}: found it {found_it} in the machine already, for another "
                     "container of the pod, expected all of them to write or none"
                 )
             device.attach_count += 1

@@ -102,7 +102,7 @@ def _block_volume(mount: dict[str, Any]) -> BlockVolume | None:
             return _direct(mount, info)
         if not is_block_device(path):
             return None
-        device = DeviceInfo(path=path, readonly="ro" in options or is_readonly(path))
+        device = DeviceInfo(path=path, readonly=bool({"ro", "rro"} & set(options)) or is_readonly(path))
         return BlockVolume(mount=mount, device=device, fstype="bind")
     # A file system that the container's runtime is to mount: the guest's would take a disk of its own.
     if not is_block_device(path) and not (_LOOP in options and _is_file(path)):

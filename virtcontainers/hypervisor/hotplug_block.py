@@ -29,6 +29,7 @@ _SCSI_DEVICES = 256 * _LUNS_PER_TARGET
 """As Kata counts them."""
 
 _POLL_S = 0.02
+_UNDO_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +116,18 @@ class BlockHotplug:
                 target, lun = divmod(number % _SCSI_DEVICES, _LUNS_PER_TARGET)
                 device |= {"driver": "scsi-hd", "bus": f"{_SCSI_CONTROLLER}.0", "scsi-id": target, "lun": lun}
                 plugged = PluggedDrive(number, driver, f"{target}:{lun}", fdset, None)
-            await self._qmp.execute("device_add", device)
+            await self._add_device(device)
             undo.pop_all()
             return plugged
+
+    async def _add_device(self, device: dict[str, object]) -> None:
+        try:
+            await self._qmp.execute("device_add", device)
+        except BaseException:
+            # QEMU may have done it for a caller who has no more patience.
+            with contextlib.suppress(HypervisorError):
+                await self._qmp.unplug(str(device["id"]), timeout_s=_UNDO_TIMEOUT_S)
+            raise
 
     async def _add_node(self, plugged: PluggedDrive, drive: BlockDrive) -> None:
         node: dict[str, object] = {
@@ -163,7 +173,7 @@ class BlockHotplug:
         slot = self._take_slot()
         controller = {"driver": "virtio-scsi-pci", "id": _SCSI_CONTROLLER, "disable-legacy": "on"}
         try:
-            await self._qmp.execute("device_add", {**controller, **slot.place, **await self._iothread()})
+            await self._add_device({**controller, **slot.place, **await self._iothread()})
         except BaseException:
             self._give_back_slot(slot)
             raise

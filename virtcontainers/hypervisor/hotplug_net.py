@@ -6,7 +6,6 @@ Their TAPs come as open descriptors: QEMU needs no privilege where they are, and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 
 from virtcontainers.hypervisor.base import NetDevice, QMPFailed
 from virtcontainers.hypervisor.qemu_cmdline import BridgeSlot
@@ -15,14 +14,8 @@ from virtcontainers.hypervisor.qmp import QMP
 
 async def plug(qmp: QMP, device: NetDevice, slot: BridgeSlot) -> None:
     """Raises QMPFailed; nothing of it is in the machine then."""
-    names = await _send(qmp, device.tap, device.fds)
-    vhost_names = await _send(qmp, f"{device.tap}-vhost", device.vhost_fds)
-    queues = len(names)
-    plural = "s" if queues > 1 else ""
-    netdev: dict[str, object] = {"type": "tap", "id": device.tap, f"fd{plural}": ":".join(names)}
-    if vhost_names:
-        netdev |= {"vhost": True, f"vhostfd{plural}": ":".join(vhost_names)}
-    await qmp.execute("netdev_add", netdev)
+    queues = len(device.fds)
+    await _add_netdev(qmp, device)
     card: dict[str, object] = {
         "driver": "virtio-net-pci",
         "id": _card(device.tap),
@@ -44,11 +37,23 @@ async def plug(qmp: QMP, device: NetDevice, slot: BridgeSlot) -> None:
         raise
 
 
-async def _send(qmp: QMP, prefix: str, fds: Sequence[int]) -> list[str]:
-    names = [f"{prefix}-{number}" for number in range(len(fds))]
-    for name, fd in zip(names, fds, strict=True):
-        await qmp.send_fd(name, fd)
-    return names
+async def _add_netdev(qmp: QMP, device: NetDevice) -> None:
+    fds = {f"{device.tap}-{number}": fd for number, fd in enumerate(device.fds)}
+    vhost_fds = {f"{device.tap}-vhost-{number}": fd for number, fd in enumerate(device.vhost_fds)}
+    plural = "s" if len(fds) > 1 else ""
+    netdev: dict[str, object] = {"type": "tap", "id": device.tap, f"fd{plural}": ":".join(fds)}
+    if vhost_fds:
+        netdev |= {"vhost": True, f"vhostfd{plural}": ":".join(vhost_fds)}
+    try:
+        for name, fd in (fds | vhost_fds).items():
+            await qmp.send_fd(name, fd)
+        await qmp.execute("netdev_add", netdev)
+    except BaseException:
+        # Those that it has not taken, or the TAP would stay.
+        for name in fds | vhost_fds:
+            with contextlib.suppress(QMPFailed):
+                await qmp.execute("closefd", {"fdname": name})
+        raise
 
 
 async def unplug(qmp: QMP, tap: str, *, timeout_s: float) -> None:

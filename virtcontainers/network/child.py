@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import gc
 import json
 import logging
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _CLONE_NEWNET = 0x40000000  # <linux/sched.h>
+_NS_GET_NSTYPE = 0xB703  # <linux/nsfs.h>
 _FD_LIMIT = 1 << 30
 """Above every descriptor: the kernel closes a range in one call."""
 
@@ -44,9 +46,13 @@ def open_namespace(path: Path) -> int:
     the host's, or our own: nothing is ever done there."""
     what = f"network namespace {path}"
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # What is no namespace may not even open.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise InvalidArgumentError(f"{what}: {error.strerror}") from error
+    if not _is_network_namespace(fd):
+        os.close(fd)
+        raise InvalidArgumentError(f"{what}: found something else, expected a network namespace")
     found = os.fstat(fd)
     for process in ("self", "1"):
         with contextlib.suppress(OSError):
@@ -58,6 +64,13 @@ def open_namespace(path: Path) -> int:
                     "network (hostNetwork, --net-host)"
                 )
     return fd
+
+
+def _is_network_namespace(fd: int) -> bool:
+    try:
+        return fcntl.ioctl(fd, _NS_GET_NSTYPE) == _CLONE_NEWNET
+    except OSError:
+        return False
 
 
 class NamespaceChild:
@@ -187,22 +200,21 @@ def _become_child(parent: int, namespace: int, sock: int) -> None:
         low, high = sorted((namespace, sock))
         for first, last in ((3, low), (low + 1, high), (high + 1, _FD_LIMIT)):
             os.closerange(first, last)
-        status = 0
-        if libc.setns(namespace, _CLONE_NEWNET) != 0:
-            _send_error(sock, InvalidArgumentError(f"setns: {os.strerror(ctypes.get_errno())}"))
-            status = 1
-        else:
-            _serve(sock)
-        os._exit(status)
+        refused = ctypes.get_errno() if libc.setns(namespace, _CLONE_NEWNET) else 0
+        _serve(sock, refused)
+        os._exit(0)
     except BaseException:
         os._exit(1)
 
 
-def _serve(sock: int) -> None:
+def _serve(sock: int, refused: int) -> None:
+    """`refused` is the errno of entering the namespace: an answer, as a process that has ended gives none."""
     from virtcontainers.network import netns
 
     for request in _requests(sock):
         try:
+            if refused:
+                raise KataError(f"entering the network namespace: {os.strerror(refused)}")
             result, fds = getattr(netns, request["function"])(**request["arguments"])
         except Exception as error:
             _send_error(sock, error)

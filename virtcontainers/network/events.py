@@ -5,6 +5,7 @@ Not what they say: only the fixed head of each is read.
 
 from __future__ import annotations
 
+import socket
 import struct
 from collections.abc import Container
 
@@ -40,9 +41,10 @@ def _matters(kind: int, body: bytes, taps: Container[int]) -> bool:
         if kind in _LINKS:
             return _IFINFOMSG.unpack_from(body)[2] not in taps
         if kind in _ADDRESSES:
-            _, _, _, scope, index = _IFADDRMSG.unpack_from(body)
+            family, _, _, scope, index = _IFADDRMSG.unpack_from(body)
             # IPv6's link-local one comes, and is ready a second later, by itself.
-            return scope != _RT_SCOPE_LINK and index not in taps
+            comes_by_itself = family == socket.AF_INET6 and scope == _RT_SCOPE_LINK
+            return not comes_by_itself and index not in taps
         if kind in _ROUTES:
             table, protocol = _RTMSG.unpack_from(body)[4:6]
             return bool(table == _RT_TABLE_MAIN and protocol != _RTPROT_KERNEL)

@@ -131,9 +131,11 @@ def _link(message: Any) -> dict[str, Any]:
     linkinfo = message.get_attr("IFLA_LINKINFO")
     kind = (linkinfo.get_attr("IFLA_INFO_KIND") if linkinfo else "") or ""
     data = linkinfo.get_attr("IFLA_INFO_DATA") if linkinfo else None
+    name = message.get_attr("IFLA_IFNAME")
     return {
         "index": message["index"],
-        "name": message.get_attr("IFLA_IFNAME"),
+        # pyroute2 gives bytes where it is no UTF-8, and no agent can be told such a name.
+        "name": name if isinstance(name, str) else name.decode(errors="backslashreplace"),
         "kind": "tun" if kind in ("tun", "tuntap") else kind,
         "mtu": message.get_attr("IFLA_MTU"),
         "hardware_addr": message.get_attr("IFLA_ADDRESS") or "",
@@ -149,9 +151,10 @@ def _link(message: Any) -> dict[str, Any]:
 def _route(message: Any) -> dict[str, Any]:
     metrics = message.get_attr("RTA_METRICS")
     destination = message.get_attr("RTA_DST")
+    via = message.get_attr("RTA_VIA")  # a gateway of the other family
     return {
         "destination": f"{destination}/{message['dst_len']}" if destination else "",
-        "gateway": message.get_attr("RTA_GATEWAY") or "",
+        "gateway": message.get_attr("RTA_GATEWAY") or (via["addr"] if via else ""),
         "source": message.get_attr("RTA_PREFSRC") or "",
         "scope": message["scope"],
         # The others tell its state, and nobody can ask for them.
@@ -212,10 +215,7 @@ def _make_tap(link: Link, queues: int) -> tuple[int, list[int]]:
                 except OSError as error:
                     if error.errno != errno.EBUSY:
                         raise
-                    raise FailedPreconditionError(
-                        f"TAP {name}: found one of another pod's, expected none: two pods cannot have one "
-                        "network namespace"
-                    ) from error
+                    raise _taken(f"TAP {name}") from error
         # Or the kernel would give it an IPv6 address, and talk to the machine.
         with contextlib.suppress(FileNotFoundError):
             _write(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "1")
@@ -226,6 +226,12 @@ def _make_tap(link: Link, queues: int) -> tuple[int, list[int]]:
     except BaseException:
         _close(fds)
         raise
+
+
+def _taken(what: str) -> KataError:
+    return FailedPreconditionError(
+        f"{what}: found one of another pod's, expected none: two pods cannot have one network namespace"
+    )
 
 
 def _redirect(source: int, target: int, what: str) -> None:
@@ -272,7 +278,12 @@ def _remove_filters(index: int) -> None:
 def _make_macvtap(link: Link, undo: contextlib.ExitStack) -> None:
     ipr, name = _ipr(), link["tap"]
     with _naming(f"macvtap {name} on {link['name']}"):
-        ipr.link("add", ifname=name, kind="macvtap", link=link["index"], macvtap_mode="bridge")
+        try:
+            ipr.link("add", ifname=name, kind="macvtap", link=link["index"], macvtap_mode="bridge")
+        except Exception as error:
+            if getattr(error, "code", 0) != errno.EEXIST:
+                raise
+            raise _taken(f"macvtap {name}") from error
         index = socket.if_nametoindex(name)
         ipr.link("set", index=index, ifalias=link["owner"])
         undo.callback(disconnect, link)

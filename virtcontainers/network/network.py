@@ -132,15 +132,15 @@ class Network:
             self._listen()
 
     async def settle(self) -> None:
-        """Return when the guest has what was in the namespace when this was called. Raises KataError."""
+        """Return when the guest has what was in the namespace when this was called; what could not be done
+        before is tried again. Raises KataError."""
         if self._machine is None:
             return
         self._drain()
-        if self._is_stale:
+        async with self._lock:
+            pass
+        if self._is_stale or not self._guest_knows:
             await self._sync(strict=True)
-        else:
-            async with self._lock:
-                pass
 
     async def close(self) -> None:
         """The machine has ended, or is about to: nothing is done to it any more. Idempotent."""
@@ -158,7 +158,8 @@ class Network:
         self._first = None
 
     async def delete(self) -> None:
-        """Leave the namespace as it was; idempotent. Raises KataError."""
+        """Leave the namespace as it was, but for the routes of links that macvtap was used for; idempotent.
+        Raises KataError."""
         await self.close()
         try:
             if self._planned and self.config.network_namespace is not None:
@@ -263,7 +264,7 @@ class Network:
                     self._listen()
 
     async def _apply(self, changes: _Changes) -> None:
-        if not changes:
+        if not changes and self._guest_knows:
             return
         assert self._machine is not None
         hypervisor, agent = self._machine

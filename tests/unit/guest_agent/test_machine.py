@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent_client.protocols import agent_pb2
-from guest.agent import linux
+from guest.agent import device, linux
 from guest.agent.boot import kernel_command_line
 from guest.agent.cgroup import Cgroup
 from guest.agent.copy_file import copy_file
@@ -146,6 +146,33 @@ def test_a_local_storage_is_made_once_for_all_that_name_it(tmp_path: Path) -> No
         storages.release([point], None)
         storages.release([point], None)
         assert Path(point).is_dir()
+
+    asyncio.run(body())
+
+
+def test_who_comes_for_a_disk_that_another_waits_for_waits_too_and_tries_when_that_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = str(tmp_path / "disk")
+    asked: list[asyncio.Future[str]] = []
+
+    async def block_device(driver: str, address: str) -> str:
+        asked.append(asyncio.get_running_loop().create_future())
+        return await asked[-1]
+
+    monkeypatch.setattr(device, "block_device", block_device)
+
+    async def body() -> None:
+        storages = Storages()
+        wanted = [agent_pb2.Storage(driver="blk", source="02/01", fstype="nosuchfs", mount_point=point)]
+        both = [asyncio.create_task(storages.add(wanted, None)) for _ in range(2)]
+        for number in range(2):
+            while len(asked) <= number:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            assert not any(each.done() for each in both[number:])
+            asked[number].set_result("/nowhere")
+            with pytest.raises(StatusError, match="mount /nowhere"):
+                await both[number]
 
     asyncio.run(body())
 

@@ -35,6 +35,9 @@ class Monitor:
             raise QMPFailed(f"QMP {command}: refused")
         return []
 
+    async def unplug(self, device_id: str, *, timeout_s: float) -> None:
+        self.asked.append(("unplug", {"id": device_id}))
+
     def commands(self) -> list[str]:
         return [command for command, _ in self.asked]
 
@@ -82,8 +85,34 @@ def test_what_was_done_is_taken_back_when_qemu_refuses(command: str) -> None:
     with pytest.raises(QMPFailed):
         asyncio.run(hotplug(monitor, free, block_device_driver="virtio-blk").add(DRIVE))
     assert sorted(free, key=lambda slot: slot.slot) == slots()
-    undone = ["blockdev-del", "remove-fd"] if command == "device_add" else ["remove-fd"]
+    undone = ["unplug", "blockdev-del", "remove-fd"] if command == "device_add" else ["remove-fd"]
     assert monitor.commands()[-len(undone) :] == undone
+
+
+@pytest.mark.parametrize("device", ["scsi0", "virtio-drive-0"])
+def test_what_qemu_has_done_for_a_call_that_is_cut_short_is_taken_back(device: str) -> None:
+    class Slow(Monitor):
+        is_slow = True
+
+        async def execute(self, command: str, arguments: dict[str, Any]) -> Any:
+            found = await super().execute(command, arguments)
+            if command == "device_add" and arguments["id"] == device and self.is_slow:
+                asyncio.current_task().cancel()  # type: ignore[union-attr]
+                await asyncio.sleep(0)
+            return found
+
+    async def body() -> None:
+        monitor, free = Slow(), slots()
+        block = hotplug(monitor, free, block_device_driver="virtio-scsi")
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(block.add(DRIVE))
+        assert monitor.commands()[-3:] == ["unplug", "blockdev-del", "remove-fd"]
+        assert monitor.arguments("unplug") == [{"id": device}]
+        assert len(free) == (2 if device == "scsi0" else 1)
+        monitor.is_slow = False
+        assert (await block.add(DRIVE)).address == "0:1"
+
+    asyncio.run(body())
 
 
 def test_another_way_of_input_and_output_is_taken_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:

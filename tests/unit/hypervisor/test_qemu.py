@@ -99,3 +99,15 @@ def test_planning_touches_nothing(
     assert [record.message for record in caplog.records] == [
         "the machine is emulated (TCG), which is slow: tcg is configured"
     ]
+
+
+def test_no_more_slots_are_given_than_the_bridges_have(tmp_path: Path, config: HypervisorConfig) -> None:
+    qemu = machine(tmp_path, replace(config, default_bridges=2))
+    slots = [qemu.take_slot() for _ in range(60)]
+    assert len({slot.pci_path for slot in slots}) == 60
+    with pytest.raises(
+        HypervisorError, match=r"all 60 slots of the PCI bridges are used \(default_bridges in"
+    ):
+        qemu.take_slot()
+    qemu.give_back_slot(slots[7])
+    assert qemu.take_slot() == slots[7]

@@ -31,20 +31,29 @@ def test_a_namespace_that_is_not_there_is_named(tmp_path: Path) -> None:
         open_namespace(tmp_path / "gone")
 
 
-@needs_root
 def test_what_is_no_network_namespace_is_not_entered(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    before = open_descriptors()
+    for path in (tmp_path / "file", tmp_path / "fifo", Path("/proc/self/ns/mnt")):
+        with pytest.raises(InvalidArgumentError, match=f"{path}: found something else, expected a network"):
+            open_namespace(path)
+    assert open_descriptors() == before
 
+
+@needs_root
+def test_what_cannot_be_entered_is_told_whatever_is_asked() -> None:
     async def enter() -> None:
-        namespace = open_namespace(tmp_path / "file")
+        namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         try:
             async with NamespaceChild.inside(namespace) as child:
-                await child.call("watch")
+                for _ in range(2):
+                    with pytest.raises(KataError, match="entering the network namespace: Invalid argument"):
+                        await child.call("watch")
         finally:
             os.close(namespace)
 
-    with pytest.raises(InvalidArgumentError, match="setns: Invalid argument"):
-        asyncio.run(enter())
+    asyncio.run(enter())
 
 
 @needs_root

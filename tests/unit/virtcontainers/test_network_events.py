@@ -10,6 +10,7 @@ from virtcontainers.network import events
 
 NEWLINK, DELLINK, NEWADDR, DELADDR, NEWROUTE, DELROUTE = 16, 17, 20, 21, 24, 25
 MAIN, LOCAL = 254, 255
+LINK_SCOPE, IPV6 = 253, 10
 TAPS = {7}
 
 
@@ -21,8 +22,8 @@ def link(kind: int, index: int) -> bytes:
     return message(kind, struct.pack("=BxHiII", 0, 1, index, 0, 0) + bytes(36))
 
 
-def address(kind: int, index: int, scope: int) -> bytes:
-    return message(kind, struct.pack("=BBBBI", 2, 24, 0, scope, index))
+def address(kind: int, index: int, scope: int, family: int = 2) -> bytes:
+    return message(kind, struct.pack("=BBBBI", family, 24, 0, scope, index))
 
 
 def route(kind: int, table: int, protocol: int) -> bytes:
@@ -36,6 +37,7 @@ def route(kind: int, table: int, protocol: int) -> bytes:
         link(DELLINK, 2),
         address(NEWADDR, 2, 0),
         address(DELADDR, 2, 0),
+        address(NEWADDR, 2, LINK_SCOPE),  # somebody has set it: IPv4's
         route(NEWROUTE, MAIN, 4),
         route(DELROUTE, MAIN, 3),
         message(99, b"never seen"),
@@ -55,7 +57,7 @@ def test_what_may_concern_the_machine_matters(data: bytes) -> None:
         link(NEWLINK, 7),
         link(DELLINK, 7),
         address(NEWADDR, 7, 0),
-        address(NEWADDR, 2, 253),
+        address(NEWADDR, 2, LINK_SCOPE, IPV6),
         route(NEWROUTE, LOCAL, 2),
         route(NEWROUTE, MAIN, 2),
         route(NEWROUTE, LOCAL, 4),

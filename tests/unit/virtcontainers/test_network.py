@@ -1,0 +1,257 @@
+"""A pod's network in a real namespace, with a machine that refuses things."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+from uuid import uuid4
+
+import pytest
+
+from agent_client.protocols import types_pb2
+from virtcontainers.agent import KataAgent
+from virtcontainers.config import HypervisorConfig, NetworkConfig
+from virtcontainers.errors import FailedPreconditionError, KataError
+from virtcontainers.hypervisor.base import Hypervisor, NetDevice, QMPFailed
+from virtcontainers.network.endpoints import InterworkingModel
+from virtcontainers.network.network import Network
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/dev/net/tun").exists(), reason="needs root and /dev/net/tun"
+)
+TIMEOUT_S = 120
+
+
+class Namespace:
+    def __init__(self, pid: int) -> None:
+        self.path = Path(f"/proc/{pid}/ns/net")
+
+    def sh(self, script: str) -> str:
+        command = ["nsenter", f"--net={self.path}", "sh", "-ec", script]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    command = ["unshare", "--net", "sh", "-c", "echo made; exec sleep 1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"made\n"
+        try:
+            yield Namespace(process.pid)
+        finally:
+            process.kill()
+
+
+def add_link(namespace: Namespace, name: str, address: str) -> None:
+    """Its peer is there, too: without an address it is not the machine's."""
+    namespace.sh(f"""
+        ip link add {name} type veth peer name peer-{name}
+        ip link set peer-{name} addrgenmode none; ip link set peer-{name} up
+        ip link set {name} up; ip addr add {address} dev {name}
+    """)
+
+
+class Machine:
+    """QEMU's and the agent's part: it keeps TAPs open, and what it was told."""
+
+    def __init__(self) -> None:
+        self.taps: dict[str, list[int]] = {}
+        self.interfaces: dict[str, types_pb2.Interface] = {}
+        self.routes: list[types_pb2.Route] = []
+        self.refuses_cards = self.keeps_cards = False
+
+    async def hotplug_net(self, device: NetDevice) -> str:
+        if self.refuses_cards:
+            raise QMPFailed("QMP device_add: no")
+        self.taps[device.tap] = [os.dup(fd) for fd in device.fds]
+        return f"02/{len(self.taps):02x}"
+
+    async def hotunplug_net(self, tap: str, *, timeout_s: float) -> None:
+        if self.keeps_cards:
+            raise QMPFailed(f"the guest has not let go of {tap}")
+        self._close(tap)
+
+    def _close(self, tap: str) -> None:
+        for fd in self.taps.pop(tap):
+            os.close(fd)
+
+    async def update_interface(self, interface: types_pb2.Interface) -> None:
+        self.interfaces[interface.name] = interface
+
+    async def update_routes(self, routes: list[types_pb2.Route]) -> None:
+        self.routes = routes
+
+    async def add_arp_neighbors(self, neighbors: list[types_pb2.ARPNeighbor]) -> None:
+        pass
+
+    def end(self) -> None:
+        for tap in list(self.taps):
+            self._close(tap)
+
+
+def network_of(namespace: Namespace, model: InterworkingModel) -> Network:
+    config = NetworkConfig(network_namespace=namespace.path, interworking_model=model)
+    hypervisor = HypervisorConfig(disable_vhost_net=True)
+    network = Network(config, hypervisor, sandbox_id=str(uuid4()), on_planned=lambda planned: None)
+    network.start()
+    return network
+
+
+async def attached(
+    namespace: Namespace, machine: Machine, model: InterworkingModel = InterworkingModel.TCFILTER
+) -> Network:
+    network = network_of(namespace, model)
+    await network.attach(cast(Hypervisor, machine), cast(KataAgent, machine))
+    return network
+
+
+async def logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while text not in caplog.text:  # noqa: ASYNC110 # logging knows no events
+            await asyncio.sleep(0.05)
+
+
+def test_what_the_machine_refused_is_told_and_tried_again(
+    namespace: Namespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body() -> None:
+        machine = Machine()
+        add_link(namespace, "eth0", "10.0.0.2/24")
+        network = await attached(namespace, machine)
+        try:
+            machine.refuses_cards = True
+            add_link(namespace, "net1", "10.1.0.2/24")
+            await logged(caplog, "the pod's network is not what its namespace has: QMP")
+            assert "tap1_kata" not in namespace.sh("ip -o link show")
+            with pytest.raises(KataError, match="no"):
+                await network.settle()
+            machine.refuses_cards = False
+            await network.settle()
+            assert set(machine.taps) == {"tap0_kata", "tap1_kata"}
+            assert set(machine.interfaces) == {"eth0", "net1"}
+
+            machine.keeps_cards = True
+            caplog.clear()
+            namespace.sh("ip link del net1")
+            await logged(caplog, "the guest has not let go of tap1_kata")
+            machine.keeps_cards = False
+            await network.settle()
+            assert set(machine.taps) == {"tap0_kata"}
+        finally:
+            await network.close()
+            machine.end()
+            await network.delete()
+        assert "_kata" not in namespace.sh("ip -o link show")
+        assert "ingress" not in namespace.sh("tc qdisc show")
+
+    asyncio.run(body())
+
+
+def test_pyroute2_is_imported_for_a_namespace_with_links_alone(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never by us."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    async def body() -> None:
+        machine = Machine()
+        network = await attached(namespace, machine)
+        add_link(namespace, "eth0", "10.0.0.2/24")
+        with pytest.raises(KataError, match="pyroute2 is not installed"):
+            await network.settle()
+        monkeypatch.undo()
+        await network.settle()
+        assert list(machine.interfaces) == ["eth0"]
+        machine.end()
+        await network.delete()
+        assert "pyroute2" not in sys.modules
+
+    asyncio.run(body())
+
+
+def test_a_name_that_is_no_text_is_spelt_out(namespace: Namespace) -> None:
+    async def body() -> None:
+        machine = Machine()
+        add_link(namespace, "eth0", "10.0.0.2/24")
+        # The shell's own printf: an argument cannot be written so here.
+        namespace.sh(r"ip link set eth0 down; ip link set eth0 name $(printf 'e\377')")
+        network = await attached(namespace, machine)
+        machine.end()
+        await network.delete()
+        assert list(machine.interfaces) == [r"e\xff"]
+
+    asyncio.run(body())
+
+
+def test_gateways_of_the_other_family_are_gateways(namespace: Namespace) -> None:
+    async def body() -> None:
+        machine = Machine()
+        add_link(namespace, "eth0", "10.0.0.2/24")
+        namespace.sh("ip route add 10.9.0.0/16 via inet6 fe80::1 dev eth0")
+        network = await attached(namespace, machine)
+        machine.end()
+        await network.delete()
+        assert machine.routes == [types_pb2.Route(dest="10.9.0.0/16", gateway="fe80::1", device="eth0")]
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("model", InterworkingModel)
+def test_a_namespace_that_has_a_pod_is_refused(namespace: Namespace, model: InterworkingModel) -> None:
+    async def body() -> None:
+        add_link(namespace, "eth0", "10.0.0.2/24")
+        machine = Machine()
+        first = await attached(namespace, machine, model)
+        script = """
+            ip -o link | cut -d " " -f 2; ip link show eth0 | grep ether; ip -o addr | sed s/tentative//
+            tc filter show dev eth0 ingress
+        """
+        before = namespace.sh(script)
+        if model is InterworkingModel.MACVTAP:
+            namespace.sh("ip addr add 10.0.0.3/24 dev eth0")  # or it would be nobody's
+        second = network_of(namespace, model)
+        with pytest.raises(FailedPreconditionError, match="two pods cannot have one network namespace"):
+            await second.attach(cast(Hypervisor, Machine()), cast(KataAgent, machine))
+        await second.delete()
+        if model is InterworkingModel.MACVTAP:
+            namespace.sh("ip addr del 10.0.0.3/24 dev eth0")
+        assert namespace.sh(script) == before
+        machine.end()
+        await first.delete()
+
+    asyncio.run(body())
+
+
+def test_many_changes_leave_no_descriptor_and_no_process(namespace: Namespace) -> None:
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    def children() -> str:
+        return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+
+    async def body() -> None:
+        machine = Machine()
+        add_link(namespace, "eth0", "10.0.0.2/24")
+        network = await attached(namespace, machine)
+        before = descriptors()
+        for number in range(10):
+            add_link(namespace, "net1", f"10.1.{number}.2/24")
+            await network.settle()
+            assert set(machine.taps) == {"tap0_kata", "tap1_kata"}
+            namespace.sh("ip link del net1")
+            await network.settle()
+            assert set(machine.taps) == {"tap0_kata"}
+        assert descriptors() == before
+        machine.end()
+        await network.delete()
+
+    before = descriptors(), children()
+    asyncio.run(body())
+    assert (descriptors(), children()) == before
