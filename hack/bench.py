@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N,N",
         help=f"idle pods ({_list(bench_factory.PODS)}; with --quick {_list(QUICK_PODS)})",
     )
-    parser.add_argument("--quick", action="store_true", help="some eight minutes, for a first look")
+    parser.add_argument("--quick", action="store_true", help="some ten minutes, for a first look")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts")
     parser.add_argument(
         "--ways", nargs="+", choices=bench_factory.WAYS, default=list(bench_factory.WAYS), help="these ways"

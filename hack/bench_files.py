@@ -46,11 +46,15 @@ STEPS = {
 }
 
 # Times are of the machine's own clock: an exec for each step would be most of the small ones. /machine is a
-# second proc, of machines only: a container may not write in its own.
+# second proc, of machines only: a container may not write in its own. The programs are in a tmpfs: from the
+# container's root they would be read again after each forget.
 _SCRIPT = f"""\
 set -e
+cp /given/files.tar /bin/busybox /room
+mkdir /room/bin
+/room/busybox --install -s /room/bin
+PATH=/room/bin
 cd /bench
-cp /given/files.tar /room/files.tar
 timed() {{
     name=$1; shift
     began=$EPOCHREALTIME
@@ -172,11 +176,16 @@ def plot(result: Result, times: Any, throughput: Any) -> None:
     width = 0.8 / max(1, len(ways))
     for number, (name, way) in enumerate(ways.items()):
         places = [place - 0.4 + (number + 0.5) * width for place in range(len(steps))]
-        times.bar(places, [way[step] for step in steps], width=width, label=", ".join(WAYS[name]))
+        bars = times.bar(
+            places, [1000 * way[step] for step in steps], width=width, label=", ".join(WAYS[name])
+        )
+        times.bar_label(bars, fmt="%.0f", fontsize="small")
     times.set_xticks(range(len(steps)), [STEPS[step].partition(" (")[0] for step in steps], fontsize="small")
-    times.set_ylabel("seconds")
+    times.set_ylabel("milliseconds")
     times.set_title("small files of a volume")
     if ways:
+        times.set_yscale("log")
+        times.margins(y=0.15)  # for the legend
         times.legend(fontsize="small")
     for position, step in ((-0.2, "write"), (0.2, "read")):
         bars = throughput.bar(
@@ -191,4 +200,5 @@ def plot(result: Result, times: Any, throughput: Any) -> None:
     throughput.set_title(f"a file of {FILE_MIB} MiB")
     if ways:
         throughput.set_yscale("log")
+        throughput.margins(y=0.15)
         throughput.legend(fontsize="small")

@@ -251,9 +251,10 @@ def plot(result: Result, throughput: Any, latency: Any) -> None:
     throughput.set_ylabel("MiB/s")
     throughput.set_title("TCP between a pod and its host")
     if ways:
+        throughput.margins(y=0.15)  # for the legend
         throughput.legend(fontsize="small")
+        latency.set_yscale("log")
         latency.boxplot([[1e6 * one for one in way["pings_s"]] for way in ways.values()], showfliers=False)
     latency.set_xticks(range(1, len(ways) + 1), labels)
-    latency.set_ylim(bottom=0)
     latency.set_ylabel("microseconds")
     latency.set_title("round trip of a ping")

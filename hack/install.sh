@@ -11,6 +11,10 @@ prefix=/opt/kata-py
 configuration=/etc/kata-py/configuration.toml
 
 if [ "${1:-}" = --uninstall ]; then
+    # Nobody could end the VM cache, or unmount the template, afterwards.
+    if [ -x "$prefix/bin/kata-py" ] && [ -e "$configuration" ]; then
+        KATA_CONF_FILE=$configuration "$prefix/bin/kata-py" factory destroy || true
+    fi
     for program in containerd-shim-kata-py-v2 kata-py; do
         [[ $(readlink "/usr/local/bin/$program") != "$prefix/"* ]] || rm "/usr/local/bin/$program"
     done

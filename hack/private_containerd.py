@@ -281,6 +281,10 @@ def of_this_clone_running() -> Containerd:
 
 
 def of_this_clone() -> Containerd:
-    """The instance of `hack/containerd` and `hack/ctr`. Its template is its own, too."""
-    factory = {"enable_template": True, "template_path": str(RUN / "template")}
+    """The instance of `hack/containerd` and `hack/ctr`. Its template is its own, and so is a VM cache."""
+    factory = {
+        "enable_template": True,
+        "template_path": str(RUN / "template"),
+        "vm_cache_endpoint": str(RUN / "cache.sock"),
+    }
     return Containerd(root=STATE / "containerd", run=RUN, settings={"factory": factory}, cri=True)
