@@ -155,19 +155,17 @@ MACHINES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=MACHINES)
-def pod(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, guest_image: Path
-) -> Iterator[Pod]:
-    directory, pod_id = tmp_path_factory.mktemp("pod"), new_id("pod")
+@contextlib.contextmanager
+def running_pod(directory: Path, guest_image: Path, **hypervisor: Any) -> Iterator[Pod]:
+    """Its machine shares nothing."""
+    pod_id = new_id("pod")
     config = sandbox_config(
         directory / "unused",
         guest_image,
         pod_id,
-        spec("sleep", "1000"),
+        spec("sleep", "100000"),
         shared_fs=SharedFS.NONE,
-        block_device_driver=request.param,
-        **MACHINES[request.param],
+        **hypervisor,
     )
     config = replace(config, container=block_container(directory, pod_id, config.container.spec))
 
@@ -182,6 +180,15 @@ def pod(
             yield Pod(sandbox, runner, directory)
         finally:
             runner.run(sandbox.delete())
+
+
+@pytest.fixture(scope="module", params=MACHINES)
+def pod(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, guest_image: Path
+) -> Iterator[Pod]:
+    directory, driver = tmp_path_factory.mktemp("pod"), request.param
+    with running_pod(directory, guest_image, block_device_driver=driver, **MACHINES[driver]) as running:
+        yield running
 
 
 def test_a_root_is_the_containers_alone_and_full_when_it_is_full(pod: Pod) -> None:

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import new_id
-from test_block import Pod, block_container
-from test_sandbox import booting, sandbox_config, spec
+from test_block import Pod, running_pod
 from test_volumes import GROUP, Kubelet
 
-from virtcontainers.config import ContainerConfig, SharedFS
+from virtcontainers.config import ContainerConfig
 from virtcontainers.container import Container
 from virtcontainers.errors import InvalidArgumentError, KataError
-from virtcontainers.sandbox import Sandbox, create_sandbox
 
 
 @pytest.fixture(scope="module")
 def pod(tmp_path_factory: pytest.TempPathFactory, guest_image: Path) -> Iterator[Pod]:
-    directory, pod_id = tmp_path_factory.mktemp("pod"), new_id("pod")
-    config = sandbox_config(
-        directory / "unused", guest_image, pod_id, spec("sleep", "100000"), shared_fs=SharedFS.NONE
-    )
-    config = replace(config, container=block_container(directory, pod_id, config.container.spec))
-
-    async def start() -> Sandbox:
-        sandbox = await create_sandbox(config, booting(config))
-        await sandbox.containers[pod_id].start()
-        return sandbox
-
-    with asyncio.Runner() as runner:
-        sandbox = runner.run(start())
-        try:
-            yield Pod(sandbox, runner, directory)
-        finally:
-            runner.run(sandbox.delete())
+    with running_pod(tmp_path_factory.mktemp("pod"), guest_image) as running:
+        yield running
 
 
 @pytest.fixture
