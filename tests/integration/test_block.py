@@ -331,11 +331,13 @@ def test_a_large_file_on_a_disk_is_whole_both_ways(pod: Pod, tmp_path: Path) -> 
             piece = number.to_bytes(8, "little") + block[8:]
             digest.update(piece)
             file.write(piece)
-    disk = image(tmp_path / "disk", 2 * LARGE_MIB + 32, root=tmp_path / "files")
+    disk = image(tmp_path / "disk", 5 * LARGE_MIB // 2 + 32, root=tmp_path / "files")
     (tmp_path / "files/large").unlink()
     mounts = [{"destination": "/data", "type": "ext4", "source": str(disk), "options": ["loop"]}]
     script = "/bin/busybox md5sum < /data/large; /bin/busybox dd if=/data/large of=/data/copy bs=1M"
-    assert pod.run(pod.container("large", script, mounts)).split()[0] == digest.hexdigest()
+    output = pod.run(pod.container("large", script, mounts))
+    assert output.split()[0] == digest.hexdigest()
+    assert f"{LARGE_MIB}+0 records out" in output
     subprocess.run(["debugfs", "-R", f"dump /copy {tmp_path}/copy", str(disk)], check=True)
     with (tmp_path / "copy").open("rb") as file:
         assert hashlib.file_digest(file, "md5").hexdigest() == digest.hexdigest()
