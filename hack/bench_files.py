@@ -185,8 +185,8 @@ def plot(result: Result, times: Any, throughput: Any) -> None:
     times.set_title("small files of a volume")
     if ways:
         times.set_yscale("log")
-        times.margins(y=0.15)  # for the legend
-        times.legend(fontsize="small")
+        times.margins(y=0.2)  # for the legend
+        times.legend(fontsize="small", ncols=len(ways), loc="upper right")
     for position, step in ((-0.2, "write"), (0.2, "read")):
         bars = throughput.bar(
             [place + position for place in range(len(ways))],
@@ -200,5 +200,5 @@ def plot(result: Result, times: Any, throughput: Any) -> None:
     throughput.set_title(f"a file of {FILE_MIB} MiB")
     if ways:
         throughput.set_yscale("log")
-        throughput.margins(y=0.15)
+        throughput.margins(y=0.2)
         throughput.legend(fontsize="small")
