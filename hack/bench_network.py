@@ -28,7 +28,7 @@ from private_containerd import RUNTIME, TEST_IMAGE, ContainerdError
 from private_cri import CNI_DIRECTORIES, Network
 
 FILE_MIB = 48
-"""What fits into a container's /dev/shm. The zeros of a hole, which may be larger, are made while it is sent."""
+"""What fits into a container's /dev/shm: a hole may be larger, but its zeros are made while it is sent."""
 PINGS = 100
 TIMEOUT_S = 180.0
 WAYS = {"template": ("clone", "tcfilter"), "runc": ("runc", "veth")}
