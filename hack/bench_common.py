@@ -7,8 +7,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 MIB = 1 << 20
 
@@ -46,6 +47,16 @@ def lined_up(rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for row in full
     )
+
+
+def grouped_bars(axes: Any, groups: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
+    """Of each series a bar in each group, with its number on it; on matplotlib's axes."""
+    width = 0.8 / max(1, len(series))
+    for number, (label, values) in enumerate(series.items()):
+        places = [place - 0.4 + (number + 0.5) * width for place in range(len(groups))]
+        bars = axes.bar(places, values, width=width, label=label)
+        axes.bar_label(bars, fmt="%.0f", fontsize="small")
+    axes.set_xticks(range(len(groups)), groups)
 
 
 def memory(pids: Sequence[int]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench_common import MIB, Progress
+from bench_common import MIB, Progress, grouped_bars
 from bench_ctr import RUNC, Bench
 from bench_factory import KATA_PY, NotMeasured, Ready
 from private_containerd import RUNTIME, TEST_IMAGE, ContainerdError
@@ -173,29 +173,17 @@ def plot(result: Result, times: Any, throughput: Any) -> None:
     """On two of matplotlib's axes."""
     ways = {name: way for name, way in result["ways"].items() if "failure" not in way}
     steps = list(STEPS)[2:]
-    width = 0.8 / max(1, len(ways))
-    for number, (name, way) in enumerate(ways.items()):
-        places = [place - 0.4 + (number + 0.5) * width for place in range(len(steps))]
-        bars = times.bar(
-            places, [1000 * way[step] for step in steps], width=width, label=", ".join(WAYS[name])
-        )
-        times.bar_label(bars, fmt="%.0f", fontsize="small")
-    times.set_xticks(range(len(steps)), [STEPS[step].partition(" (")[0] for step in steps], fontsize="small")
+    of_ways = {", ".join(WAYS[name]): [1000 * way[step] for step in steps] for name, way in ways.items()}
+    grouped_bars(times, [STEPS[step].partition(" (")[0] for step in steps], of_ways)
+    times.tick_params("x", labelsize="small")
     times.set_ylabel("milliseconds")
     times.set_title("small files of a volume")
     if ways:
         times.set_yscale("log")
         times.margins(y=0.2)  # for the legend
         times.legend(fontsize="small", ncols=len(ways), loc="upper right")
-    for position, step in ((-0.2, "write"), (0.2, "read")):
-        bars = throughput.bar(
-            [place + position for place in range(len(ways))],
-            [FILE_MIB / way[step] for way in ways.values()],
-            width=0.4,
-            label=step,
-        )
-        throughput.bar_label(bars, fmt="%.0f", fontsize="small")
-    throughput.set_xticks(range(len(ways)), [WAYS[name][1] for name in ways])
+    of_steps = {step: [FILE_MIB / way[step] for way in ways.values()] for step in ("write", "read")}
+    grouped_bars(throughput, [WAYS[name][1] for name in ways], of_steps)
     throughput.set_ylabel("MiB/s")
     throughput.set_title(f"a file of {FILE_MIB} MiB")
     if ways:

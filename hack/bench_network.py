@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from bench_common import MIB, Progress
+from bench_common import MIB, Progress, grouped_bars
 from bench_ctr import RUNC, Bench
 from bench_factory import NotMeasured, Ready
 from private_containerd import RUNTIME, TEST_IMAGE, ContainerdError
@@ -239,15 +239,11 @@ def plot(result: Result, throughput: Any, latency: Any) -> None:
     """On two of matplotlib's axes."""
     ways = {name: way for name, way in result["ways"].items() if "failure" not in way}
     labels = [", ".join(WAYS[name]) for name in ways]
-    for position, key, title in ((-0.2, "sent_s", "pod to host"), (0.2, "received_s", "host to pod")):
-        bars = throughput.bar(
-            [place + position for place in range(len(ways))],
-            [FILE_MIB / way[key] for way in ways.values()],
-            width=0.4,
-            label=title,
-        )
-        throughput.bar_label(bars, fmt="%.0f", fontsize="small")
-    throughput.set_xticks(range(len(ways)), labels)
+    series = {
+        title: [FILE_MIB / way[key] for way in ways.values()]
+        for key, title in (("sent_s", "pod to host"), ("received_s", "host to pod"))
+    }
+    grouped_bars(throughput, labels, series)
     throughput.set_ylabel("MiB/s")
     throughput.set_title("TCP between a pod and its host")
     if ways:

@@ -148,9 +148,7 @@ class Sandbox:
     @property
     def memory_mib(self) -> int:
         """What the machine has. Raises UnavailableError when there is none."""
-        if self._vm is None:
-            raise UnavailableError(f"sandbox {self.id} has no machine")
-        return self._vm.hypervisor.memory_mib
+        return self.hypervisor.memory_mib
 
     async def _start(self, prestart: Hook | None) -> None:
         config = self.config
