@@ -123,9 +123,8 @@ class VM:
                 raise HypervisorError(f"the machine ended before its agent answered: {death.result()}")
             self.agent = agent.result()
         except AgentDialTimeout as error:
-            raise BootTimeout(
-                self.hypervisor.with_console_tail(f"{error} (dial_timeout in [agent.kata])")
-            ) from error
+            told = f"{error} (dial_timeout in [agent.kata]); {await self.hypervisor.describe_vcpus()}"
+            raise BootTimeout(self.hypervisor.with_console_tail(told)) from error
         except AgentDialFailed as error:
             raise HypervisorError(str(error)) from error
         finally:

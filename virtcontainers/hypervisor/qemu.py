@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Collection, Coroutine, Iterator
@@ -78,6 +79,8 @@ _SHARE = "fs0"
 _LAST_WORDS_TIMEOUT_S = 1.0
 _CONSOLE_TAIL_LINES = 30
 """A panic's reason stands above its trace of some 20 lines."""
+_REGISTERS = re.compile(r"CPU#(\d+).*?[RE]IP=([0-9a-f]+) [RE]FL=([0-9a-f]+).*?HLT=([01])", re.DOTALL)
+_INTERRUPT_FLAG = 0x200
 
 
 class Qemu(Hypervisor):
@@ -762,6 +765,23 @@ class Qemu(Hypervisor):
         if self._console is not None:
             self._console.drain()
         return with_tail(message, self.files.console_log, lines=_CONSOLE_TAIL_LINES)
+
+    async def describe_vcpus(self) -> str:
+        """Where each vCPU is, in words, for when a guest says nothing."""
+        try:
+            # No command but the human monitor's shows registers.
+            registers = await self.monitor.execute(
+                "human-monitor-command",
+                {"command-line": "info registers -a"},
+                timeout_s=_LAST_WORDS_TIMEOUT_S,
+            )
+        except HypervisorError as error:
+            return str(error)
+        return ", ".join(
+            f"vCPU {number} {'halted' if halted == '1' else 'running'} at {address}"
+            + ("" if int(flags, 16) & _INTERRUPT_FLAG else " with interrupts off")
+            for number, address, flags, halted in _REGISTERS.findall(registers)
+        )
 
     @property
     def pid(self) -> int:
