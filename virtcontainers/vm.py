@@ -88,12 +88,13 @@ class VM:
         return cls(vm_id, config, hypervisor)
 
     async def start(self, timeout_s: float | None = None) -> None:
-        """Boot, and return when the agent has answered; None: within the agent's dial_timeout.
+        """Boot, and return when the agent has answered, with all vCPUs in use; None: within the agent's
+        dial_timeout.
 
         A clone (`boot_from_template`) comes up paused: its agent is for `resume` and `connect`.
 
         Raises BootTimeout, with the end of the guest's console, when it does not; HypervisorError when
-        QEMU or a daemon dies before. Nothing is left then.
+        QEMU or a daemon dies before; as `KataAgent.online_cpu_mem`. Nothing is left then.
         """
         timeout_s = self.config.agent.dial_timeout_s if timeout_s is None else timeout_s
         deadline = asyncio.get_running_loop().time() + timeout_s
@@ -102,6 +103,10 @@ class VM:
             return
         try:
             await self.connect(max(0.0, deadline - asyncio.get_running_loop().time()))
+            if self.hypervisor.boots_on_one_vcpu:
+                await KataAgent(self.agent).online_cpu_mem(
+                    self.config.hypervisor.default_vcpus, cpu_only=True, timeout_s=ONLINE_TIMEOUT_S
+                )
         except BaseException:
             await asyncio.shield(self.stop())
             raise

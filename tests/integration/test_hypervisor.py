@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guest_shell import run_in_guest
 from host_state import RUN
 
 from agent_client.protocols import agent_pb2, health_pb2
@@ -171,6 +172,8 @@ def test_the_machine_is_as_large_as_configured(vm_id: str, config: VMConfig, sha
             tasks = Path(f"/proc/{vm.hypervisor.pid}/task")
             names = [(tasks / str(thread) / "comm").read_text() for thread in threads.values()]
             assert all(name.startswith("CPU ") for name in names)
+            # Though it has booted on one of them.
+            assert await run_in_guest(vm, "busybox grep -c ^processor /proc/cpuinfo") == "2\n"
             assert vm.hypervisor.get_pids() == [vm.hypervisor.pid]
 
     asyncio.run(body())

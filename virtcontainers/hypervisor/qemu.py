@@ -38,6 +38,7 @@ from virtcontainers.hypervisor.logs import ConsoleLog, with_tail
 from virtcontainers.hypervisor.memory_file import copy_extents
 from virtcontainers.hypervisor.process import MachineProcess, end_processes
 from virtcontainers.hypervisor.qemu_cmdline import (
+    BOOT_ON_ONE_VCPU,
     BRIDGE_SLOTS,
     HOTPLUG_PORTS,
     BridgeSlot,
@@ -189,6 +190,11 @@ class Qemu(Hypervisor):
         if self._command_line is None:
             raise HypervisorError("the machine is new, expected created")
         return self._command_line
+
+    @property
+    def boots_on_one_vcpu(self) -> bool:
+        """The guest's others are to be brought up by its agent."""
+        return BOOT_ON_ONE_VCPU in self.command_line.kernel_params
 
     @property
     def agent_address(self) -> AgentAddress:

@@ -132,6 +132,9 @@ class MachineFiles:
         return self.directory / "console.log"
 
 
+BOOT_ON_ONE_VCPU = "maxcpus=1"
+
+
 @dataclass(frozen=True, kw_only=True)
 class QemuCommandLine:
     """One machine. `argv` gives QEMU's arguments; the order of `devices` decides their PCI slots."""
@@ -310,7 +313,7 @@ def plan(
         smp=_smp(config),
         memory=_memory(config, host_memory_mib),
         kernel=config.kernel,
-        kernel_params=_kernel_params(config, agent, transport),
+        kernel_params=_kernel_params(config, agent, transport, accel),
         initrd=config.initrd,
         firmware=config.firmware,
         objects=tuple(objects),
@@ -416,7 +419,7 @@ def _extra_monitor(kind: str) -> Option:
 
 
 def _kernel_params(
-    config: HypervisorConfig, agent: AgentConfig, transport: AgentTransport
+    config: HypervisorConfig, agent: AgentConfig, transport: AgentTransport, accel: Accel
 ) -> tuple[str, ...]:
     """Kata's for this machine, the agent's, and the user's last: the last of a name wins."""
     params = [
@@ -440,6 +443,11 @@ def _kernel_params(
         # it. All of ours can, and it would be a quarter of a small guest.
         "swiotlb=noforce",
     ]
+    if accel is Accel.TCG and config.default_vcpus > 1:
+        # QEMU 7.2 can keep its translation of code that another vCPU has just overwritten, and Linux patches
+        # itself all through its boot: about one boot in 200 on a busy host spun for ever on a breakpoint that
+        # was no longer there. `VM.start` has the other vCPUs brought up when the agent has answered.
+        params += [BOOT_ON_ONE_VCPU]
     if config.image is not None:
         params += [
             f"root={_NVDIMM_ROOT}",

@@ -253,6 +253,12 @@ def test_the_extra_monitor_is_for_debugging_only(kind: str, monitor: str) -> Non
     assert values(planned(extra_monitor_socket=kind), "-mon") == ["qmp,mode=control"]
 
 
+def test_a_kernel_that_is_emulated_boots_on_one_vcpu_of_several() -> None:
+    assert "maxcpus=1" in kernel_params(planned(default_vcpus=2))
+    assert "maxcpus=1" not in kernel_params(planned(default_vcpus=1))
+    assert "maxcpus=1" not in kernel_params(planned(default_vcpus=2, accel=Accel.KVM))
+
+
 def test_the_users_kernel_parameters_come_last() -> None:
     assert kernel_params(planned(kernel_params="quiet=no  console=hvc0"))[-2:] == ["quiet=no", "console=hvc0"]
 
