@@ -1,17 +1,23 @@
 """Which of the host's devices the processes in a pod's cgroup may open, after Kata's `sandboxDevices` and
 `createResourceController`.
 
-For cgroup v1's devices controller; v2 has none, but takes programs of BPF, which we do not write.
+For cgroup v1's devices controller, and for `virtcontainers.device_filter`, which is v2's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from virtcontainers.errors import KataError
+
+log = logging.getLogger(__name__)
 
 _ALWAYS = (
     *("c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm"),  # null, zero, full
@@ -36,6 +42,15 @@ class DeviceRule:
 
     allow: bool
     text: str
+
+    @property
+    def device(self) -> str:
+        """As "c 1:3"; its numbers may be "*"."""
+        return self.text.rpartition(" ")[0]
+
+    @property
+    def access(self) -> str:
+        return self.text.rpartition(" ")[2]
 
 
 def sandbox_rules(
@@ -85,3 +100,43 @@ def _of_spec(rule: Mapping[str, Any]) -> DeviceRule:
     access = rule.get("access") or "rwm"
     text = f"{rule.get('type') or 'a'} {number('major')}:{number('minor')} {access}"
     return DeviceRule(bool(rule.get("allow")), text)
+
+
+class DevicesController:
+    """cgroup v1's, of one cgroup. What the cgroup above does not allow is not allowed here either."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def update(self, rules: Iterable[DeviceRule]) -> None:
+        """In their order. Raises KataError."""
+        for rule in rules:
+            try:
+                (self._directory / ("devices.allow" if rule.allow else "devices.deny")).write_text(rule.text)
+            except OSError as error:
+                if rule.allow and isinstance(error, PermissionError):
+                    log.info("cgroup %s: device %s is not allowed above it", self._directory, rule.text)
+                    continue
+                asked = "allowed" if rule.allow else "denied"
+                raise KataError(
+                    f"{self._directory}: device {rule.text!r} cannot be {asked}: {error.strerror}"
+                ) from error
+
+    @contextlib.contextmanager
+    def allowed(self, rules: Iterable[DeviceRule]) -> Iterator[None]:
+        """`update` with what allows single devices, and then all is as it was. Raises KataError."""
+        rules = list(rules)
+        try:
+            lines = (self._directory / "devices.list").read_text().splitlines()
+        except OSError as error:
+            raise KataError(f"{self._directory}: {error.strerror}") from error
+        if any(line.startswith("a") for line in lines):
+            yield
+            return
+        devices = {rule.device for rule in rules}
+        before = [rule for line in lines if (rule := DeviceRule(True, line)).device in devices]
+        self.update(rules)
+        try:
+            yield
+        finally:
+            self.update([*(DeviceRule(False, rule.text) for rule in rules), *before])

@@ -17,9 +17,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from virtcontainers.device_cgroup import DeviceRule
+from virtcontainers.device_cgroup import DeviceRule, DevicesController
 from virtcontainers.errors import InvalidArgumentError, KataError
+
+if TYPE_CHECKING:
+    from virtcontainers.device_filter import DeviceFilter
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +152,8 @@ class ResourceController:
     def __init__(self, path: str, hierarchies: list[Hierarchy] | None = None) -> None:
         self.path = path
         self._hierarchies = find_hierarchies() if hierarchies is None else hierarchies
+        self._device_filter: DeviceFilter | None = None
+        """Of v2, once it is used: it knows what is allowed."""
 
     def _directories(self) -> Iterator[tuple[Hierarchy, Path]]:
         for hierarchy in self._hierarchies:
@@ -183,21 +189,30 @@ class ResourceController:
                     _write(directory / name, value)
 
     def update_devices(self, rules: Iterable[DeviceRule]) -> None:
-        """In their order; v1 only. What the cgroup above does not allow is not allowed here either."""
+        """In their order. What the cgroup above does not allow is not allowed here either."""
+        rules = list(rules)
+        for controller in self._device_controllers():
+            controller.update(rules)
+
+    @contextlib.contextmanager
+    def devices_allowed(self, rules: Iterable[DeviceRule]) -> Iterator[None]:
+        """So for as long as this lasts, which nothing else that is done with devices may come across."""
+        rules = list(rules)
+        with contextlib.ExitStack() as undo:
+            for controller in self._device_controllers() if rules else ():
+                undo.enter_context(controller.allowed(rules))
+            yield
+
+    def _device_controllers(self) -> Iterator[DevicesController | DeviceFilter]:
         for hierarchy, directory in self._directories():
-            if "devices" not in hierarchy.controllers:
-                continue
-            for rule in rules:
-                try:
-                    (directory / ("devices.allow" if rule.allow else "devices.deny")).write_text(rule.text)
-                except OSError as error:
-                    if rule.allow and isinstance(error, PermissionError):
-                        log.info("cgroup %s: device %s is not allowed above it", directory, rule.text)
-                        continue
-                    asked = "allowed" if rule.allow else "denied"
-                    raise KataError(
-                        f"{directory}: device {rule.text!r} cannot be {asked}: {error.strerror}"
-                    ) from error
+            if "devices" in hierarchy.controllers:
+                yield DevicesController(directory)
+            elif hierarchy.is_v2:
+                if self._device_filter is None:
+                    from virtcontainers.device_filter import DeviceFilter
+
+                    self._device_filter = DeviceFilter(directory)
+                yield self._device_filter
 
     def _write(self, name: str, text: str) -> None:
         for _, directory in self._directories():
@@ -221,6 +236,9 @@ class ResourceController:
     def delete(self) -> None:
         """Remove it; whoever is still in it goes where this process came from, or to its parent. Idempotent,
         in any process."""
+        if self._device_filter is not None:
+            self._device_filter.close()
+            self._device_filter = None
         for hierarchy, directory in self._directories():
             deadline = time.monotonic() + _REMOVE_TIMEOUT_S
             while True:

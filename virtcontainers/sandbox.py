@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +118,7 @@ class Sandbox:
             spec.get("linux", {}).get("cgroupsPath") or "",
             sandbox_cgroup_only=config.sandbox_cgroup_only,
         )
-        self.devices = DeviceManager(config.id, self._allow_device)
+        self.devices = DeviceManager(config.id, self._devices_allowed)
         self.is_ending = False
         """The machine is about to be ended: nothing is unplugged any more."""
         self.network = Network(
@@ -130,8 +130,9 @@ class Sandbox:
         self._shared = asyncio.Event()
         """Set when the share is there for containers to be added."""
 
-    def _allow_device(self, path: Path) -> None:
-        self._cgroups.sandbox.update_devices(device_rules([path]))
+    def _devices_allowed(self, paths: Iterable[Path]) -> contextlib.AbstractContextManager[None]:
+        """For this process to open: QEMU opens no disk itself."""
+        return self._cgroups.sandbox.devices_allowed(device_rules(paths))
 
     @property
     def hypervisor(self) -> Hypervisor:
@@ -163,7 +164,7 @@ class Sandbox:
                 sandbox_cgroup_only=config.sandbox_cgroup_only,
                 debug=config.hypervisor.enable_debug,
                 macvtap=config.network.interworking_model == "macvtap",
-                others=[Path(config.hypervisor.entropy_source), *_rootfs_sources(container)],
+                others=[Path(config.hypervisor.entropy_source)],
             )
         )
         self._cgroups.sandbox.update_cpuset(*cpuset([container.resources]))
@@ -176,13 +177,18 @@ class Sandbox:
             shared.cancel()
             if self._shared.is_set():
                 self.fs_share.share_sandbox_bind_mounts(config.sandbox_bind_mounts)
-                container.share()
+                self._share(container)
         except BaseException:
             machine.cancel()
             await asyncio.wait({machine})
             raise
         await machine
         await self._while_machine_lives(self._set_up_guest(container, prestart))
+
+    def _share(self, container: Container) -> None:
+        # Of some snapshotters the root is a block device.
+        with self._devices_allowed(Path(entry.source) for entry in container.config.rootfs.mounts):
+            container.share()
 
     async def _while_machine_lives(self, work: Coroutine[Any, Any, None]) -> None:
         """`work`, but not longer than the machine lives.
@@ -300,8 +306,7 @@ class Sandbox:
         self.containers[config.id] = container
         try:
             self.save()
-            self._cgroups.sandbox.update_devices(device_rules(_rootfs_sources(container)))
-            container.share()
+            self._share(container)
             await self.update_resources()
             async with self._told_of_death():
                 await container.create()
@@ -551,11 +556,6 @@ class Sandbox:
             c.id: str(c.config.rootfs.target) for c in self.containers.values() if c.is_root_mounted
         }
         persist.store(self._state)
-
-
-def _rootfs_sources(container: Container) -> list[Path]:
-    """Block devices, for some snapshotters."""
-    return [Path(entry.source) for entry in container.config.rootfs.mounts]
 
 
 def _dns(container: Container) -> list[str]:

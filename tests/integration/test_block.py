@@ -48,6 +48,16 @@ def image(path: Path, mib: int = 16, *, root: Path | None = None, fs: bool = Tru
     return path
 
 
+def partitioned(path: Path, mib: int) -> Path:
+    """An image of a disk that has a partition of 4 MiB, with nothing in it."""
+    disk = image(path, mib, fs=False)
+    with disk.open("r+b") as file:
+        # As of DOS: the first of four entries, and the mark of such a table.
+        file.seek(446)
+        file.write(struct.pack("<4xB3xII48xH", 0x83, 2048, 8192, 0xAA55))
+    return disk
+
+
 def read_image(path: Path, name: str) -> str:
     """A file of the ext4 in an image that nobody has mounted."""
     command = ["debugfs", "-R", f"cat {name}", str(path)]
@@ -292,11 +302,7 @@ def test_devices_in_use_or_empty_are_refused_by_name(pod: Pod, tmp_path: Path) -
         entry = device_entry(device)
         with pytest.raises(InvalidArgumentError, match="found 0 bytes, expected a disk"):
             pod.run(pod.container("empty", "true", devices=[entry]))
-    disk = image(tmp_path / "parts", 16, fs=False)
-    with disk.open("r+b") as file:
-        # As of DOS: the first of four entries, and the mark of such a table.
-        file.seek(446)
-        file.write(struct.pack("<4xB3xII48xH", 0x83, 2048, 8192, 0xAA55))
+    disk = partitioned(tmp_path / "parts", 16)
     with loop(disk) as device, loop_partition(device) as partition:
         subprocess.run(["mkfs.ext4", "-q", partition], check=True)
         subprocess.run(["mount", partition, str(tmp_path / "mnt")], check=True)

@@ -18,7 +18,11 @@ from conftest import Config
 from cri import Crictl, Pod
 from harness import Ctr, processes_of, wait_for
 from host_state import RUN
+from lan import HOST, Namespace, bridge, namespace
 from private_containerd import Containerd
+from templates import Log, Templates, templates
+from test_block import loop, loop_partition, partitioned, read_image
+from test_ctr_pod import cri
 
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_ONLY = "io.katacontainers.config.runtime.sandbox_cgroup_only"
@@ -139,10 +143,12 @@ def ctr_of(script: str, directory: Path, containerd: Containerd) -> Iterator[Ctr
         instance.destroy()
 
 
-@pytest.fixture
-def pure_v2_ctr(tmp_path_factory: pytest.TempPathFactory, containerd: Containerd) -> Iterator[Ctr]:
-    with ctr_of(PURE_V2, tmp_path_factory.mktemp("v2"), containerd) as ctr:
-        yield ctr
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, containerd: Containerd) -> Iterator[Templates]:
+    with templates(tmp_path_factory.mktemp("t"), {}) as found:
+        result = found.factory("init")
+        assert result.returncode == 0, result.stderr
+        yield found
 
 
 @on_v1
@@ -309,9 +315,54 @@ def test_a_machine_of_a_fixed_size_is_in_its_cgroups_too(ctr: Ctr, container_id:
         assert not list(CGROUPS.glob(f"*/kata_overhead/{container_id}"))
 
 
+@pytest.fixture
+def net(host_unchanged: None) -> Iterator[Namespace]:
+    with bridge(), namespace() as made:
+        made.add_eth0()
+        yield made
+
+
+@pytest.fixture
+def pure_v2_ctr(
+    tmp_path_factory: pytest.TempPathFactory, containerd: Containerd, template: Templates, net: Namespace
+) -> Iterator[Ctr]:
+    """It sees what was mounted before, as these are."""
+    with ctr_of(PURE_V2, tmp_path_factory.mktemp("v2"), containerd) as ctr:
+        yield ctr
+
+
+@pytest.fixture
+def disk(host_unchanged: None, tmp_path: Path) -> Iterator[str]:
+    """A partition, whose number is not among the loop devices'."""
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "hello").write_text("from the disk\n")
+    with loop(partitioned(tmp_path / "disk", 8)) as device, loop_partition(device) as partition:
+        subprocess.run(["mkfs.ext4", "-q", "-d", root, partition], check=True)
+        yield partition
+
+
+def openable(cgroup: Path, *devices: str) -> set[str]:
+    """Which of them a process in that cgroup of v2 can open, by the host's nodes."""
+    script = """
+        echo $$ >"$0/cgroup.procs" || exit 1
+        for device; do if (: <$device); then echo $device; fi; done
+    """
+    found = subprocess.run(["sh", "-c", script, cgroup, *devices], capture_output=True, text=True, check=True)
+    opened = set(found.stdout.split())
+    assert found.stderr.count("Operation not permitted") == len(devices) - len(opened), found.stderr
+    return opened
+
+
 @pytest.mark.parametrize("only", [True, False])
 def test_pods_on_a_host_of_cgroup_v2_alone(
-    pure_v2_ctr: Ctr, container_id: str, config: Config, only: bool, v2_root: Path
+    pure_v2_ctr: Ctr,
+    container_id: str,
+    template: Templates,
+    only: bool,
+    v2_root: Path,
+    net: Namespace,
+    disk: str,
 ) -> None:
     ctr, root = pure_v2_ctr, v2_root
     cgroup, overhead = f"/default/kata_{container_id}", f"/kata_overhead/{container_id}"
@@ -320,8 +371,13 @@ def test_pods_on_a_host_of_cgroup_v2_alone(
         lines = Path(f"/proc/{thread}/cgroup").read_text().splitlines()
         return next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
 
+    template.configure({"runtime": {"sandbox_cgroup_only": only}})
+    log = Log(ctr.containerd)
     with ctr.detached(
-        container_id, "sleep", "1000", options=config({"runtime": {"sandbox_cgroup_only": only}})
+        container_id,
+        "sleep",
+        "1000",
+        options=(*template.options, *net.options, *cri("sandbox", container_id)),
     ):
         (machine,) = processes_of(container_id, "qemu-system")
         # A thread is where its process is.
@@ -329,12 +385,30 @@ def test_pods_on_a_host_of_cgroup_v2_alone(
         rest = set(others_of(container_id)) - set(threads_of(machine))
         assert {cgroup_of(thread) for thread in rest} == {cgroup if only else overhead}
         assert (root / overhead[1:]).exists() is not only
+
+        # What a machine that was broken out of could open: the shim, if it is there, has loop devices.
+        ours = {"/dev/null", "/dev/urandom", "/dev/net/tun", *(["/dev/loop-control"] if only else [])}
+        ours |= {device for device in ("/dev/kvm", "/dev/vhost-net") if Path(device).exists()}
+        others = {"/dev/kmsg", "/dev/mem", "/dev/loop-control", disk, *map(str, Path("/dev").glob("vd?"))}
+        all_of_them = sorted(device for device in ours | others if Path(device).exists())
+        assert openable(root / cgroup[1:], *all_of_them) == ours
+
+        # The pod's own disk is plugged in, and was opened for the machine.
+        data = ("--mount", f"type=ext4,src={disk},dst=/data,options=rw", *cri("container", container_id))
+        other = f"{container_id}-2"
+        with ctr.detached(other, "sleep", "1000", options=(*template.options, *data)):
+            assert ctr.exec(other, "cat", "/data/hello").stdout == b"from the disk\n"
+            assert ctr.exec(other, "sh", "-c", "echo written >/data/hello; sync").returncode == 0
+            assert openable(root / cgroup[1:], *all_of_them) == ours
+        assert ctr.exec(container_id, "ping", "-c", "1", HOST).returncode == 0
+        assert log.warnings() == []
         os.kill(machine, signal.SIGKILL)
         wait_for("the end", lambda: ctr.status(container_id) == "STOPPED")
         # The shim is in it to the end, and the cgroup above may not take processes.
         ctr("tasks", "rm", "-f", container_id)
         assert not (root / cgroup[1:]).exists()
         assert not (root / overhead[1:]).exists()
+    assert read_image(Path(disk), "hello") == "written\n"
 
 
 def test_pods_of_an_engine_that_is_in_a_container_itself(

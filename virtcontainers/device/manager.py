@@ -50,10 +50,12 @@ class BlockDevice:
 
 
 class DeviceManager:
-    """`allow` is called with the path of each device before it is opened."""
+    """`allowed` lasts while the devices of its paths are opened."""
 
-    def __init__(self, sandbox_id: str, allow: Callable[[Path], None]) -> None:
-        self._allow = allow
+    def __init__(
+        self, sandbox_id: str, allowed: Callable[[list[Path]], contextlib.AbstractContextManager[None]]
+    ) -> None:
+        self._allowed = allowed
         self._devices: dict[Key, BlockDevice] = {}
         self._log = logging.LoggerAdapter(log, {"sandbox": sandbox_id})
 
@@ -71,8 +73,9 @@ class DeviceManager:
             raise InvalidArgumentError(
                 f"block device {info.path}: a guest can write in {guests.folder}, expected another path"
             )
-        self._allow(info.path)
-        with opened(info) as found:
+        with contextlib.ExitStack() as stack:
+            with self._allowed([info.path]):
+                found = stack.enter_context(opened(info))
             yield found
 
     async def attach(self, hypervisor: Hypervisor, info: DeviceInfo) -> BlockDevice:

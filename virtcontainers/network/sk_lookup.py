@@ -1,7 +1,7 @@
 """One socket that is handed every TCP connection to a loopback address of a network namespace.
 
-By a BPF program where the kernel looks for a listening socket (BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9). Numbers
-and layouts are those of linux/bpf.h.
+By a BPF program where the kernel looks for a listening socket (BPF_PROG_TYPE_SK_LOOKUP, Linux 5.9).
+Numbers and layouts are those of linux/bpf.h.
 """
 
 from __future__ import annotations
@@ -9,35 +9,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import platform
 import socket
 import struct
 import threading
-from collections.abc import Iterator
 
+from virtcontainers import bpf
+from virtcontainers.bpf import Command
 from virtcontainers.errors import KataError
 
-_SYS_BPF = {"x86_64": 321, "aarch64": 280}
-_BPF_MAP_CREATE = 0
-_BPF_MAP_UPDATE_ELEM = 2
-_BPF_PROG_LOAD = 5
-_BPF_LINK_CREATE = 28
 _BPF_MAP_TYPE_SOCKMAP = 15
 _BPF_PROG_TYPE_SK_LOOKUP = 30
 _BPF_SK_LOOKUP = 36
-_ATTRIBUTES_BYTES = 128
-_LOG_BYTES = 16 << 10
-_NAME = b"kata_py"
 
 _CLONE_NEWNET = 0x40000000
 _BACKLOG = 128
 
-# Instructions: code, destination, source, offset or a label to jump to, immediate value.
-_Instruction = tuple[int, int, int, int | str, int]
-_MOVE, _MOVE_VALUE, _ADD_VALUE, _OR = 0xBF, 0xB7, 0x07, 0x4F
-_LOAD_BYTE, _LOAD_WORD, _STORE_WORD_VALUE, _LOAD_MAP = 0x71, 0x61, 0x62, 0x18
-_JUMP, _JUMP_EQUAL, _JUMP_NOT_EQUAL, _CALL, _EXIT = 0x05, 0x15, 0x55, 0x85, 0x95
-_PSEUDO_MAP_FD = 1
 _MAP_LOOKUP_ELEM, _SK_RELEASE, _SK_ASSIGN = 1, 86, 124
 _SK_PASS = 1
 
@@ -48,56 +34,44 @@ _FAMILY, _PROTOCOL, _LOCAL_IP4, _LOCAL_IP6 = 8, 12, 40, 44
 def _program(sockets: int) -> bytes:
     """`sockets` is the map's descriptor."""
     one = int.from_bytes(b"\0\0\0\1", "little" if struct.pack("=H", 1)[0] else "big")
-    lines: list[_Instruction | str] = [
-        (_MOVE, 6, 1, 0, 0),
-        (_LOAD_WORD, 1, 6, _PROTOCOL, 0),
-        (_JUMP_NOT_EQUAL, 1, 0, "pass", socket.IPPROTO_TCP),
-        (_LOAD_WORD, 1, 6, _FAMILY, 0),
-        (_JUMP_EQUAL, 1, 0, "ipv6", socket.AF_INET6),
-        (_LOAD_BYTE, 1, 6, _LOCAL_IP4, 0),
-        (_JUMP_NOT_EQUAL, 1, 0, "pass", 127),
-        (_JUMP, 0, 0, "ours", 0),
+    lines: list[bpf.Instruction | str] = [
+        (bpf.MOVE, 6, 1, 0, 0),
+        (bpf.LOAD_WORD, 1, 6, _PROTOCOL, 0),
+        (bpf.JUMP_NOT_EQUAL, 1, 0, "pass", socket.IPPROTO_TCP),
+        (bpf.LOAD_WORD, 1, 6, _FAMILY, 0),
+        (bpf.JUMP_EQUAL, 1, 0, "ipv6", socket.AF_INET6),
+        (bpf.LOAD_BYTE, 1, 6, _LOCAL_IP4, 0),
+        (bpf.JUMP_NOT_EQUAL, 1, 0, "pass", 127),
+        (bpf.JUMP, 0, 0, "ours", 0),
         "ipv6",
-        (_LOAD_WORD, 1, 6, _LOCAL_IP6, 0),
-        (_LOAD_WORD, 2, 6, _LOCAL_IP6 + 4, 0),
-        (_OR, 1, 2, 0, 0),
-        (_LOAD_WORD, 2, 6, _LOCAL_IP6 + 8, 0),
-        (_OR, 1, 2, 0, 0),
-        (_JUMP_NOT_EQUAL, 1, 0, "pass", 0),
-        (_LOAD_WORD, 1, 6, _LOCAL_IP6 + 12, 0),
-        (_JUMP_NOT_EQUAL, 1, 0, "pass", one),
+        (bpf.LOAD_WORD, 1, 6, _LOCAL_IP6, 0),
+        (bpf.LOAD_WORD, 2, 6, _LOCAL_IP6 + 4, 0),
+        (bpf.OR, 1, 2, 0, 0),
+        (bpf.LOAD_WORD, 2, 6, _LOCAL_IP6 + 8, 0),
+        (bpf.OR, 1, 2, 0, 0),
+        (bpf.JUMP_NOT_EQUAL, 1, 0, "pass", 0),
+        (bpf.LOAD_WORD, 1, 6, _LOCAL_IP6 + 12, 0),
+        (bpf.JUMP_NOT_EQUAL, 1, 0, "pass", one),
         "ours",
-        (_STORE_WORD_VALUE, 10, 0, -4, 0),
-        (_LOAD_MAP, 1, _PSEUDO_MAP_FD, 0, sockets),
+        (bpf.STORE_WORD_VALUE, 10, 0, -4, 0),
+        (bpf.LOAD_MAP, 1, bpf.PSEUDO_MAP_FD, 0, sockets),
         (0, 0, 0, 0, 0),
-        (_MOVE, 2, 10, 0, 0),
-        (_ADD_VALUE, 2, 0, 0, -4),
-        (_CALL, 0, 0, 0, _MAP_LOOKUP_ELEM),
-        (_JUMP_EQUAL, 0, 0, "pass", 0),
-        (_MOVE, 7, 0, 0, 0),
-        (_MOVE, 1, 6, 0, 0),
-        (_MOVE, 2, 7, 0, 0),
-        (_MOVE_VALUE, 3, 0, 0, 0),
-        (_CALL, 0, 0, 0, _SK_ASSIGN),
-        (_MOVE, 1, 7, 0, 0),
-        (_CALL, 0, 0, 0, _SK_RELEASE),
+        (bpf.MOVE, 2, 10, 0, 0),
+        (bpf.ADD_VALUE, 2, 0, 0, -4),
+        (bpf.CALL, 0, 0, 0, _MAP_LOOKUP_ELEM),
+        (bpf.JUMP_EQUAL, 0, 0, "pass", 0),
+        (bpf.MOVE, 7, 0, 0, 0),
+        (bpf.MOVE, 1, 6, 0, 0),
+        (bpf.MOVE, 2, 7, 0, 0),
+        (bpf.MOVE_VALUE, 3, 0, 0, 0),
+        (bpf.CALL, 0, 0, 0, _SK_ASSIGN),
+        (bpf.MOVE, 1, 7, 0, 0),
+        (bpf.CALL, 0, 0, 0, _SK_RELEASE),
         "pass",
-        (_MOVE_VALUE, 0, 0, 0, _SK_PASS),
-        (_EXIT, 0, 0, 0, 0),
+        (bpf.MOVE_VALUE, 0, 0, 0, _SK_PASS),
+        (bpf.EXIT, 0, 0, 0, 0),
     ]
-    labels: dict[str, int] = {}
-    instructions: list[_Instruction] = []
-    for line in lines:
-        if isinstance(line, str):
-            labels[line] = len(instructions)
-        else:
-            instructions.append(line)
-    code = b""
-    for number, (operation, destination, source, offset, value) in enumerate(instructions):
-        if isinstance(offset, str):
-            offset = labels[offset] - number - 1
-        code += struct.pack("=BBhi", operation, source << 4 | destination, offset, value)
-    return code
+    return bpf.assemble(lines)
 
 
 class Listener:
@@ -110,15 +84,16 @@ class Listener:
         """`namespace` is a descriptor of the network namespace. Raises KataError."""
         with contextlib.ExitStack() as stack:
             self.socket = stack.enter_context(_listen_in(namespace))
-            sockets = _bpf("BPF_MAP_CREATE", _BPF_MAP_CREATE, "=5I", _BPF_MAP_TYPE_SOCKMAP, 4, 8, 1, 0)
-            with _closing(sockets):
+            with bpf.closing(
+                bpf.syscall(Command.BPF_MAP_CREATE, "=5I", _BPF_MAP_TYPE_SOCKMAP, 4, 8, 1, 0)
+            ) as sockets:
                 key, value = _buffer("=I", 0), _buffer("=Q", self.socket.fileno())
                 arguments = sockets, ctypes.addressof(key), ctypes.addressof(value), 0
-                _bpf("BPF_MAP_UPDATE_ELEM", _BPF_MAP_UPDATE_ELEM, "=I4xQQQ", *arguments)
-                program = _load(_program(sockets))
-            with _closing(program):
+                bpf.syscall(Command.BPF_MAP_UPDATE_ELEM, "=I4xQQQ", *arguments)
+                program = bpf.load_program(_BPF_PROG_TYPE_SK_LOOKUP, _program(sockets), _BPF_SK_LOOKUP)
+            with bpf.closing(program):
                 arguments = program, namespace, _BPF_SK_LOOKUP, 0
-                self._link = _bpf("BPF_LINK_CREATE", _BPF_LINK_CREATE, "=4I", *arguments)
+                self._link = bpf.syscall(Command.BPF_LINK_CREATE, "=4I", *arguments)
             stack.pop_all()
 
     def close(self) -> None:
@@ -170,40 +145,5 @@ def _listen() -> socket.socket:
     return sock
 
 
-def _load(code: bytes) -> int:
-    log = ctypes.create_string_buffer(_LOG_BYTES)
-    instructions, license_ = ctypes.create_string_buffer(code), ctypes.create_string_buffer(b"Apache-2.0")
-    arguments = (
-        *(_BPF_PROG_TYPE_SK_LOOKUP, len(code) // 8),
-        *(ctypes.addressof(instructions), ctypes.addressof(license_)),
-        *(1, _LOG_BYTES, ctypes.addressof(log)),
-        *(0, 0, _NAME, 0, _BPF_SK_LOOKUP),
-    )
-    try:
-        return _bpf("BPF_PROG_LOAD", _BPF_PROG_LOAD, "=IIQQIIQII16sII", *arguments)
-    except KataError as error:
-        said = log.value.decode(errors="replace").strip()
-        raise KataError(f"{error}: {said}" if said else str(error)) from error
-
-
-def _bpf(name: str, command: int, layout: str, *arguments: int | bytes) -> int:
-    attributes = ctypes.create_string_buffer(struct.pack(layout, *arguments), _ATTRIBUTES_BYTES)
-    number = _SYS_BPF.get(platform.machine())
-    if number is None:
-        raise KataError(f"bpf({name}): its number on {platform.machine()} is not known")
-    result = ctypes.CDLL(None, use_errno=True).syscall(number, command, attributes, _ATTRIBUTES_BYTES)
-    if result < 0:
-        raise KataError(f"bpf({name}): {os.strerror(ctypes.get_errno())}")
-    return int(result)
-
-
 def _buffer(layout: str, value: int) -> ctypes.Array[ctypes.c_char]:
     return ctypes.create_string_buffer(struct.pack(layout, value))
-
-
-@contextlib.contextmanager
-def _closing(fd: int) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        os.close(fd)
