@@ -42,6 +42,13 @@ class SharedFS(StrEnum):
     NONE = "none"
 
 
+class BlockDeviceDriver(StrEnum):
+    """`block_device_driver`: how a disk is plugged in. runtime-rs's "virtio-blk-pci" is VIRTIO_BLK."""
+
+    VIRTIO_SCSI = "virtio-scsi"
+    VIRTIO_BLK = "virtio-blk"
+
+
 class AgentTransport(StrEnum):
     """`transport` of [agent.kata] (ours): AUTO takes VSOCK where the host has vhost-vsock, else SERIAL."""
 
@@ -102,7 +109,7 @@ class HypervisorConfig:
     virtio_fs_queue_size: int = 1024
     virtio_fs_extra_args: tuple[str, ...] = ()
     msize_9p: int = 8192
-    block_device_driver: str = "virtio-scsi"
+    block_device_driver: BlockDeviceDriver = BlockDeviceDriver.VIRTIO_SCSI
     block_device_aio: str = "io_uring"
     block_device_cache_set: bool = False
     """The next two count; else it is QEMU's own way: through the host's page cache, flushed when asked to."""

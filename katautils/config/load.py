@@ -17,6 +17,7 @@ from virtcontainers.config import (
     Accel,
     AgentConfig,
     AgentTransport,
+    BlockDeviceDriver,
     FactoryConfig,
     HypervisorConfig,
     SharedFS,
@@ -178,6 +179,8 @@ def _hypervisor(settings: dict[str, Setting], warnings: list[str]) -> Hypervisor
     ):  # fmt: skip
         fields.convert(field, Path)
     fields.convert("shared_fs", SharedFS)
+    # runtime-rs's name.
+    fields.convert("block_device_driver", lambda name: BlockDeviceDriver(name.removesuffix("-pci")))
     # Kata's older name.
     fields.convert("virtio_fs_cache", lambda mode: "never" if mode == "none" else mode)
     fields.convert("default_bridges", lambda n: min(n, MAX_BRIDGES))

@@ -143,8 +143,7 @@ class Hypervisor(ABC):
 
     @abstractmethod
     async def hotplug_block(self, drive: BlockDrive) -> PluggedDrive:
-        """Plug a disk into a RUNNING machine. Raises HypervisorError, or InvalidArgumentError for a
-        `block_device_driver` that is not for it; nothing was plugged then."""
+        """Plug a disk into a RUNNING machine. Raises HypervisorError; nothing was plugged then."""
 
     @abstractmethod
     async def hotunplug_block(self, plugged: PluggedDrive, *, timeout_s: float) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from virtcontainers.config import HypervisorConfig
+from virtcontainers.config import BlockDeviceDriver, HypervisorConfig
 from virtcontainers.errors import InvalidArgumentError
 from virtcontainers.hypervisor.base import HypervisorError, QMPFailed
 from virtcontainers.hypervisor.qemu_cmdline import BridgeSlot
@@ -19,7 +19,7 @@ AGENT_BLK = "blk"
 AGENT_SCSI = "scsi"
 """Kata's names, in its agent's API."""
 
-_DRIVERS = {"virtio-blk": AGENT_BLK, "virtio-blk-pci": AGENT_BLK, "virtio-scsi": AGENT_SCSI}
+_DRIVERS = {BlockDeviceDriver.VIRTIO_BLK: AGENT_BLK, BlockDeviceDriver.VIRTIO_SCSI: AGENT_SCSI}
 _THREADS = "threads"
 
 _SCSI_CONTROLLER = "scsi0"
@@ -87,14 +87,9 @@ class BlockHotplug:
         self._has_iothread = False
 
     async def add(self, drive: BlockDrive) -> PluggedDrive:
-        """The guest may take a moment to see it: its agent waits. Raises HypervisorError, or
-        InvalidArgumentError for a `block_device_driver` that is not for this machine; nothing stays then."""
-        driver = _DRIVERS.get(self._config.block_device_driver)
-        if driver is None:
-            raise InvalidArgumentError(
-                f'block_device_driver = "{self._config.block_device_driver}" in [hypervisor.qemu], expected '
-                '"virtio-scsi" or "virtio-blk"'
-            )
+        """The guest may take a moment to see it: its agent waits. Raises HypervisorError; nothing stays
+        then."""
+        driver = _DRIVERS[self._config.block_device_driver]
         async with self._lock, AsyncExitStack() as undo:
             number, self._count = self._count, self._count + 1
             fdset = await self._qmp.add_fd(drive.fd)

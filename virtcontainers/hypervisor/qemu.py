@@ -157,6 +157,7 @@ class Qemu(Hypervisor):
             _require_file("guest image", "image", config.image)
         if config.firmware is not None:
             _require_file("firmware", "firmware", config.firmware)
+        _require("entropy source", "entropy_source", Path(config.entropy_source))
         if self._shared_path is not None and config.shared_fs is SharedFS.VIRTIO_FS:
             self._virtiofsd = find_virtiofsd(config)
             if config.virtio_fs_cache_size_mib:
@@ -823,9 +824,13 @@ def _listening(path: Path) -> Iterator[socket.socket]:
         yield listener
 
 
-def _require_file(what: str, key: str, path: Path) -> None:
+def _require(what: str, key: str, path: Path) -> None:
     if not path.exists():
         raise InvalidArgumentError(f"{what} {path} ({key} in [hypervisor.qemu]) does not exist")
+
+
+def _require_file(what: str, key: str, path: Path) -> None:
+    _require(what, key, path)
     if not path.is_file():
         raise InvalidArgumentError(f"{what} {path} ({key} in [hypervisor.qemu]) is not a file")
     if path.stat().st_size == 0:

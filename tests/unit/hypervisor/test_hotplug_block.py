@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from virtcontainers.config import HypervisorConfig
-from virtcontainers.errors import InvalidArgumentError
 from virtcontainers.hypervisor.base import QMPFailed
 from virtcontainers.hypervisor.hotplug_block import BlockDrive, BlockHotplug
 from virtcontainers.hypervisor.qemu_cmdline import BridgeSlot
@@ -135,10 +134,3 @@ def test_cache_keys_count_when_they_are_set() -> None:
         None,
         {"direct": True, "no-flush": True},
     ]
-
-
-def test_a_driver_that_is_not_for_this_machine_is_refused_by_its_key() -> None:
-    monitor = Monitor()
-    with pytest.raises(InvalidArgumentError, match=r'block_device_driver = "nvdimm".*expected "virtio-scsi"'):
-        asyncio.run(hotplug(monitor, slots(), block_device_driver="nvdimm").add(DRIVE))
-    assert monitor.asked == []

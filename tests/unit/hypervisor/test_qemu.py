@@ -47,6 +47,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"image": "kernel"}, "one of initrd and image is needed .* both are set"),
     ({"initrd": None, "image": "none"}, "guest image .* does not exist"),
     ({"firmware": "none"}, r"firmware .* \(firmware in .* does not exist"),
+    ({"entropy_source": "none"}, r"entropy source .* \(entropy_source in .* does not exist"),
 ]
 
 

@@ -10,7 +10,7 @@ import pytest
 from katautils.config import RuntimeConfig, find_configuration, load_configuration
 from katautils.config.load import host_memory_mib
 from katautils.config.schema import TABLES_BY_NAME, Kind
-from virtcontainers.config import Accel, AgentTransport, SharedFS
+from virtcontainers.config import Accel, AgentTransport, BlockDeviceDriver, SharedFS
 from virtcontainers.errors import InvalidArgumentError, NotFoundError
 
 Load = Callable[..., RuntimeConfig]
@@ -63,7 +63,10 @@ def test_a_wrong_type_is_refused_with_file_key_found_and_expected(
         ("hypervisor.qemu", "rootfs_type", "btrfs", '"ext4", "xfs", "erofs"'),
         ("hypervisor.qemu", "machine_type", "microvm", '"q35"'),
         ("hypervisor.qemu", "machine_accelerators", "accel=xen", "accel=kvm or accel=tcg"),
-        ("hypervisor.qemu", "block_device_driver", "ide", '"virtio-scsi"'),
+        ("hypervisor.qemu", "block_device_driver", "ide", '"virtio-scsi", "virtio-blk"'),
+        ("hypervisor.qemu", "block_device_driver", "nvdimm", '"virtio-scsi", "virtio-blk"'),
+        ("hypervisor.qemu", "block_device_driver", "virtio-blk-ccw", '"virtio-scsi", "virtio-blk"'),
+        ("hypervisor.qemu", "vm_rootfs_driver", "ide", '"virtio-blk-pci"'),
         ("hypervisor.qemu", "block_device_aio", "posix", '"io_uring"'),
         ("hypervisor.qemu", "block_device_logical_sector_size", 1000, "power of two"),
         ("hypervisor.qemu", "virtio_fs_cache", "sometimes", '"never"'),
@@ -118,6 +121,12 @@ def test_what_kata_calls_a_default_is_one(load: Load, host_cpus: int) -> None:
     assert config.agent.dial_timeout_s == 45
     assert config.factory.template_path == Path("/run/vc/vm/template")
     assert not config.warnings
+
+
+def test_a_disk_on_pci_has_another_name_in_runtime_rs(load: Load) -> None:
+    for name in ("virtio-blk", "virtio-blk-pci"):
+        found = load(hypervisor__qemu={"block_device_driver": name}).hypervisor
+        assert found.block_device_driver is BlockDeviceDriver.VIRTIO_BLK
 
 
 def test_no_cache_has_an_older_name(load: Load) -> None:
