@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from virtcontainers.errors import (
     UnimplementedError,
 )
 from virtcontainers.fs_share import FilesystemShare
-from virtcontainers.hypervisor.base import Hypervisor, HypervisorError, QMPFailed, vm_dir
+from virtcontainers.hypervisor.base import Hypervisor, vm_dir
 from virtcontainers.hypervisor.process import find_processes
 from virtcontainers.network.child import open_namespace
 from virtcontainers.network.network import Network
@@ -51,6 +51,8 @@ _FACTORYS = re.compile(r"template|(?:template|cache)-[0-9a-f]{12}")
 """In the folder of the pods' machines these are the factory's: its template, and its own machines."""
 
 _RESOLV_CONF_LIMIT_BYTES = 64 << 10
+_STOP_TIMEOUT_S = 30.0
+"""For all that a guest does in the end; one that answers no more would be waited for at every step."""
 _DESTROY_TIMEOUT_S = 10.0
 _DEATH_TIMEOUT_S = 3.0
 _UNPLUG_TIMEOUT_S = 5.0
@@ -109,6 +111,7 @@ class Sandbox:
         """Why it is dead, once that is known."""
         self._factory = factory
         self._vm: VM | None = None
+        self._machine_watch: asyncio.Task[None] | None = None
         self._state = persist.SandboxState(id=config.id, shim_pid=os.getpid())
         self._log = logging.LoggerAdapter(log, {"sandbox": config.id})
         self._deleted = False
@@ -183,35 +186,13 @@ class Sandbox:
             await asyncio.wait({machine})
             raise
         await machine
-        await self._while_machine_lives(self._set_up_guest(container, prestart))
+        async with self._told_of_death():
+            await self._set_up_guest(container, prestart)
 
     def _share(self, container: Container) -> None:
         # Of some snapshotters the root is a block device.
         with self._devices_allowed(Path(entry.source) for entry in container.config.rootfs.mounts):
             container.share()
-
-    async def _while_machine_lives(self, work: Coroutine[Any, Any, None]) -> None:
-        """`work`, but not longer than the machine lives.
-
-        A guest without its virtiofsd would not answer until a timeout, and a connection that ends does not
-        say why. Raises HypervisorError with what died, and what `work` raises.
-        """
-        assert self._vm is not None
-        working = asyncio.create_task(work)
-        death = asyncio.create_task(self._vm.hypervisor.wait_dead())
-        try:
-            await asyncio.wait({working, death}, return_when=asyncio.FIRST_COMPLETED)
-            if working.done() and isinstance(working.exception(), UnavailableError | QMPFailed):
-                # The connection's end is seen before the death that caused it.
-                await asyncio.wait({death}, timeout=_DEATH_TIMEOUT_S)
-            if death.done() and not (working.done() and working.exception() is None):
-                self.is_dead = True
-                raise HypervisorError(f"sandbox {self.id}: its machine ended: {death.result()}")
-            await working
-        finally:
-            for task in (working, death):
-                task.cancel()
-            await asyncio.wait({working, death})
 
     async def _set_up_guest(self, container: Container, prestart: Hook | None) -> None:
         config = self.config
@@ -286,6 +267,7 @@ class Sandbox:
             on_planned=on_planned,
         )
         self.agent = KataAgent(self._vm.agent)
+        self._machine_watch = asyncio.create_task(self._watch_machine())
         if self._vm.id != self.id:
             # The cache's server has started it, in a cgroup of its own.
             self._cgroups.add_processes(find_processes(self._vm.hypervisor.directory))
@@ -371,15 +353,11 @@ class Sandbox:
     @contextlib.asynccontextmanager
     async def _told_of_death(self) -> AsyncIterator[None]:
         """Who fails because the machine has died, or was ended because the pod was given up, says why."""
-        assert self._vm is not None
         try:
             yield
         except KataError as error:
-            if isinstance(error, UnavailableError) and not self._death:
-                # The connection's end is seen before the death that caused it.
-                with contextlib.suppress(TimeoutError, HypervisorError):
-                    async with asyncio.timeout(_DEATH_TIMEOUT_S):
-                        self._death = await self._vm.hypervisor.wait_dead()
+            if isinstance(error, UnavailableError):
+                await self._find_death()
             if self._death:
                 raise UnavailableError(f"sandbox {self.id} is dead: {self._death}") from error
             if self.is_ending:
@@ -439,29 +417,39 @@ class Sandbox:
             raise UnavailableError(f"sandbox {self.id}: its machine is gone{why}")
 
     async def monitor(self) -> str:
-        """Return when the machine or its agent has died, with a sentence that says why; await it once.
+        """Return when the machine or its agent has died, with a sentence that says why.
 
         From then on nothing more is asked of them: streams end, waits raise UnavailableError.
         """
         self._require_alive()
-        assert self._vm is not None
-        death = asyncio.create_task(self._vm.hypervisor.wait_dead())
+        assert self._machine_watch is not None
         silence = asyncio.create_task(self._watch_agent())
         try:
-            await asyncio.wait({death, silence}, return_when=asyncio.FIRST_COMPLETED)
-            if not death.done():
-                # The connection's end is seen before the death that caused it.
-                await asyncio.wait({death}, timeout=_DEATH_TIMEOUT_S)
-            reason = death.result() if death.done() else silence.result()
+            await asyncio.wait({self._machine_watch, silence}, return_when=asyncio.FIRST_COMPLETED)
+            if not await self._find_death():
+                await self._bury(await silence)
         finally:
-            for watch in (death, silence):
-                watch.cancel()
+            silence.cancel()
+        return self._death
+
+    async def _watch_machine(self) -> None:
+        """Whoever waits for a guest that has lost its virtiofsd would else wait until a timeout."""
+        await self._bury(await self.hypervisor.wait_dead())
+
+    async def _find_death(self) -> str:
+        """Why it is dead; "" while it lives. The end of a connection is seen before the death that caused
+        it, which is waited for."""
+        if not self._death and self._machine_watch is not None:
+            await asyncio.wait({self._machine_watch}, timeout=_DEATH_TIMEOUT_S)
+        return self._death
+
+    async def _bury(self, reason: str) -> None:
+        assert self._vm is not None
         self.is_dead, self._death = True, reason
         self._log.error("the pod is dead: %s", reason)
+        await self._vm.agent.close()
         await self._stop_forwarding()
         await self.network.close()
-        await self._vm.agent.close()
-        return reason
 
     async def _watch_agent(self) -> str:
         while True:
@@ -510,21 +498,30 @@ class Sandbox:
         if self._vm is None:
             return
         if not self.is_dead:
-            await asyncio.gather(*(c.stop(force=True) for c in self.containers.values()))
-            for failure in await asyncio.gather(
-                *(c.cleanup() for c in self.containers.values()), return_exceptions=True
-            ):
-                if failure is not None:
-                    self._log.warning("of a container something stays: %s", failure)
             try:
-                # Not a courtesy: it unmounts the share, and with it writes back what the guest has cached.
-                await self.agent.destroy_sandbox(_DESTROY_TIMEOUT_S)
-            except KataError as error:
-                self._log.warning("the guest did not end the sandbox: %s", error)
+                async with asyncio.timeout(_STOP_TIMEOUT_S):
+                    await self._end_guest()
+            except TimeoutError:
+                self._log.warning("after %g s the guest has not ended the sandbox", _STOP_TIMEOUT_S)
         self.is_dead = True
+        if self._machine_watch is not None:
+            self._machine_watch.cancel()
         await self._stop_forwarding()
         await self.network.close()
         await self._vm.stop()
+
+    async def _end_guest(self) -> None:
+        await asyncio.gather(*(c.stop(force=True) for c in self.containers.values()))
+        for failure in await asyncio.gather(
+            *(c.cleanup() for c in self.containers.values()), return_exceptions=True
+        ):
+            if failure is not None:
+                self._log.warning("of a container something stays: %s", failure)
+        try:
+            # Not a courtesy: it unmounts the share, and with it writes back what the guest has cached.
+            await self.agent.destroy_sandbox(_DESTROY_TIMEOUT_S)
+        except KataError as error:
+            self._log.warning("the guest did not end the sandbox: %s", error)
 
     async def delete(self) -> None:
         """Stop, and take everything off the host; idempotent."""

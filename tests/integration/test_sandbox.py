@@ -272,6 +272,27 @@ def test_the_monitor_tells_who_died_and_every_wait_ends(
     asyncio.run(body())
 
 
+def test_a_guest_that_answers_no_more_is_not_waited_for_at_every_step(
+    tmp_path: Path, guest_image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("virtcontainers.sandbox._STOP_TIMEOUT_S", 2)
+
+    async def body() -> None:
+        pod = new_id("pod")
+        config = sandbox_config(tmp_path, guest_image, pod, spec("sleep", "1000"))
+        sandbox = await create_sandbox(config, booting(config))
+        try:
+            await sandbox.containers[pod].start()
+            await sandbox.containers[pod].pause()
+            os.kill(sandbox.hypervisor_pid, signal.SIGSTOP)
+        finally:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                await sandbox.delete()
+        assert mounts_below(tmp_path) == mounts_below(FilesystemShare(pod).root) == []
+
+    asyncio.run(body())
+
+
 OWNER = """
 import asyncio, os, signal, sys
 from pathlib import Path
@@ -303,7 +324,7 @@ def test_a_machine_that_dies_while_its_guest_is_set_up_is_the_reason(
                     os.kill(pid, signal.SIGKILL)
 
         started_at = asyncio.get_running_loop().time()
-        with pytest.raises(KataError, match=f"its machine ended: {victim.split('-')[0]}.*SIGKILL"):
+        with pytest.raises(KataError, match=f"is dead: {victim.split('-')[0]}.*SIGKILL"):
             await create_sandbox(config, booting(config), prestart=kill)
         # Without virtiofsd the guest would be waited for until the agent's timeout.
         assert asyncio.get_running_loop().time() - started_at < REQUEST_TIMEOUT_S

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent_client.transports import AgentAddress
-from virtcontainers.errors import DeadlineExceededError, KataError
+from virtcontainers.errors import DeadlineExceededError, KataError, UnavailableError
 
 if TYPE_CHECKING:
     from virtcontainers.hypervisor.hotplug_block import BlockDrive, PluggedDrive
@@ -33,6 +33,10 @@ class RestoreFailed(HypervisorError):
 
 class QMPFailed(HypervisorError):
     """QEMU refused a QMP command; the message names the command and QEMU's reason."""
+
+
+class QMPClosed(QMPFailed, UnavailableError):
+    """QEMU is gone, or about to be."""
 
 
 class VMState(Enum):

@@ -12,7 +12,7 @@ from typing import Any
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
-from virtcontainers.hypervisor.base import HypervisorError, QMPFailed
+from virtcontainers.hypervisor.base import HypervisorError, QMPClosed, QMPFailed
 
 # What it logs at ERROR is raised as well, and here told with more words.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -58,7 +58,7 @@ class QMP:
         *,
         timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> Any:
-        """Raises QMPFailed, with the command's name and QEMU's reason."""
+        """Raises QMPFailed, with the command's name and QEMU's reason, and QMPClosed when QEMU ends."""
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._client.execute(command, arguments)
@@ -67,7 +67,7 @@ class QMP:
         except ExecuteError as error:
             raise QMPFailed(f"QMP {command}: {error}") from error
         except (QMPError, OSError, EOFError) as error:
-            raise QMPFailed(f"QMP {command}: the connection to QEMU ended: {error}") from error
+            raise QMPClosed(f"QMP {command}: the connection to QEMU ended: {error}") from error
 
     async def send_fd(self, name: str, fd: int) -> None:
         """Give QEMU a duplicate of `fd` under a name, for `fd:NAME` in later commands. Raises QMPFailed."""
