@@ -451,16 +451,16 @@ class Pod:
             raise NotFoundError(f"process {task.id}: process already finished")
         if task.status == CREATED and await self._finish(self._kill_created(container, task, signal)):
             return
-        if task.exec_id:
-            assert task.process is not None
-            await task.process.signal(signal)
-        else:
-            assert container.container is not None
-            try:
+        try:
+            if task.exec_id:
+                assert task.process is not None
+                await task.process.signal(signal)
+            else:
+                assert container.container is not None
                 await container.container.kill(signal, all_processes=all_processes)
-            except FailedPreconditionError as error:
-                # It has stopped, and its watcher is about to say so.
-                raise NotFoundError(f"process {task.id}: process already finished") from error
+        except (FailedPreconditionError, UnavailableError) as error:
+            # It has stopped, or its machine is dead, and its watcher is about to say so.
+            raise NotFoundError(f"process {task.id}: process already finished") from error
 
     async def _kill_created(self, container: TaskContainer, task: Task, signal: int) -> bool:
         """False when it is not created any more: its start was under way."""

@@ -25,7 +25,7 @@ from shim.protocols.task_types_pb2 import CREATED, PAUSED, RUNNING, STOPPED
 from shim.service import TaskService, map_error
 from tests.unit.shim.local_sandbox import LocalKata, until
 from ttrpc import Client, Code, ConnectionClosed, Server, StatusError
-from virtcontainers.errors import InvalidArgumentError
+from virtcontainers.errors import InvalidArgumentError, UnavailableError
 
 TIMEOUT_S = 30
 PID = 4711
@@ -416,6 +416,26 @@ def test_a_dead_machine_ends_every_process_and_the_pod_can_be_deleted(tmp_path: 
         for container_id in ("c2", "c3", "c1"):
             assert (await shim.delete(container_id)).exit_status == 137
         assert shim.kata.sandbox.is_deleted
+
+    run(tmp_path, body)
+
+
+def test_a_process_whose_machine_dies_of_the_same_kill_is_killed(tmp_path: Path) -> None:
+    """A guest that answers no more is found dead while it is asked to kill."""
+
+    async def body(shim: Shim) -> None:
+        await shim.run("c1", "sleep", "1000")
+        sandbox = shim.kata.sandbox
+        assert sandbox
+
+        async def kill(number: int, *, all_processes: bool) -> None:
+            sandbox.death.set_result("the agent does not answer")
+            raise UnavailableError("the machine's agent is gone")
+
+        setattr(sandbox.containers["c1"], "kill", kill)  # noqa: B010
+        assert "process already finished" in await refused(Code.NOT_FOUND, shim.kill())
+        assert await shim.wait() == 137
+        assert (await shim.delete()).exit_status == 137
 
     run(tmp_path, body)
 
