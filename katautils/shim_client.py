@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import socket
-from pathlib import Path
 
 from virtcontainers import persist
 from virtcontainers.errors import InvalidArgumentError, KataError, NotFoundError
@@ -14,14 +13,15 @@ TIMEOUT_S = 60.0
 
 
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout_s: float) -> None:
+    def __init__(self, sandbox_id: str, timeout_s: float) -> None:
         super().__init__("shim", timeout=timeout_s)
-        self._path = path
+        self._sandbox_id = sandbox_id
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
+        with persist.management_address(self._sandbox_id) as address:
+            self.sock.connect(address)
 
 
 def do_get(sandbox_id: str, url: str, *, timeout_s: float = TIMEOUT_S) -> bytes:
@@ -40,13 +40,13 @@ def do_post(sandbox_id: str, url: str, body: bytes, *, timeout_s: float = TIMEOU
 def _request(sandbox_id: str, method: str, url: str, body: bytes | None, timeout_s: float) -> bytes:
     if not sandbox_id or "/" in sandbox_id or sandbox_id in (".", ".."):
         raise InvalidArgumentError(f"sandbox id {sandbox_id!r}: expected the id of a pod")
-    path = persist.management_socket(sandbox_id)
-    connection = _Connection(path, timeout_s)
+    connection = _Connection(sandbox_id, timeout_s)
     try:
         connection.request(method, url, body)
         answer = connection.getresponse()
         text = answer.read()
     except (FileNotFoundError, ConnectionRefusedError):
+        path = persist.management_socket(sandbox_id)
         raise NotFoundError(f"sandbox {sandbox_id}: nobody serves {path}") from None
     except (OSError, http.client.HTTPException) as error:
         raise KataError(f"sandbox {sandbox_id}: {method} {url}: {error or 'no answer'}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
@@ -276,10 +277,14 @@ class Pod:
 
             await serve(sandbox, reader, writer)
 
-        path = persist.management_socket(sandbox.id)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._management = await asyncio.start_unix_server(serve, path)
+            with persist.management_address(sandbox.id) as address:
+                listener.bind(address)
+            self._management = await asyncio.start_unix_server(serve, sock=listener)
         except OSError as error:
+            listener.close()
+            path = persist.management_socket(sandbox.id)
             log.warning("no management: %s: %s", path, error, extra={"sandbox": sandbox.id})
 
     async def start(self, container_id: str, exec_id: str) -> int:

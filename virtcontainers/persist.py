@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ def sandbox_dir(sandbox_id: str) -> Path:
 def management_socket(sandbox_id: str) -> Path:
     """Kata's shim management; it goes with all that is here."""
     return sandbox_dir(sandbox_id) / "shim-monitor.sock"
+
+
+@contextlib.contextmanager
+def management_address(sandbox_id: str) -> Iterator[str]:
+    """What to bind or connect to instead of `management_socket`: that may be longer than a socket's address
+    can be. Raises OSError when there is no such sandbox."""
+    directory = os.open(sandbox_dir(sandbox_id), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{management_socket(sandbox_id).name}"
+    finally:
+        os.close(directory)
 
 
 def store(state: SandboxState) -> None:
