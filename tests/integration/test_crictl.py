@@ -345,6 +345,19 @@ def test_a_stopped_pod_is_no_machine_any_more(crictl: Crictl) -> None:
         assert pod.id not in crictl("pods", "--quiet").stdout
 
 
+def test_what_is_paused_is_stopped_and_removed_like_anything_else(crictl: Crictl) -> None:
+    with crictl.pod("paused") as pod:
+        stopped, left = pod.start("stopped", *SLEEP), pod.start("left", *SLEEP)
+        for task in (stopped, left, pod.id):
+            pause = crictl.containerd.ctr_command("--namespace", "k8s.io", "tasks", "pause", task)
+            subprocess.run(pause, check=True)
+        crictl("stop", "--timeout", "0", stopped)
+        assert crictl.status(stopped)["exitCode"] == 137
+        crictl("rm", stopped)
+        crictl("rmp", "--force", pod.id)
+        assert not processes_of(pod.id, "qemu-system")
+
+
 def test_a_machine_that_dies_ends_its_pod(crictl: Crictl) -> None:
     with crictl.pod("dies") as pod:
         container = pod.start("c", *SLEEP)
