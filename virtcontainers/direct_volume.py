@@ -124,7 +124,12 @@ def volume_mount_info(volume_path: str) -> MountInfo | None:
 
 
 def record_sandbox_id(sandbox_id: str, volume_path: str) -> None:
-    """For a CSI driver to find whom to ask: `sandbox_id_for_volume`."""
+    """For a CSI driver to find whom to ask: `sandbox_id_for_volume`. Raises KataError's classes."""
+    if sandbox_id == _MOUNT_INFO:
+        raise InvalidArgumentError(
+            f"direct volume {volume_path}: found a pod with the id {sandbox_id}, expected another: what is "
+            "known of the volume has that name"
+        )
     try:
         (_directory(volume_path) / sandbox_id).touch(mode=0o600)
     except OSError as error:
@@ -133,6 +138,8 @@ def record_sandbox_id(sandbox_id: str, volume_path: str) -> None:
 
 def forget_sandbox_id(sandbox_id: str, volume_path: str | None = None) -> None:
     """Of one volume, or of all; idempotent."""
+    if sandbox_id == _MOUNT_INFO:
+        return  # it has none
     pattern = "*" if volume_path is None else _directory(volume_path).name
     for path in DIRECT_VOLUMES.glob(f"{pattern}/{sandbox_id}"):
         path.unlink(missing_ok=True)

@@ -58,6 +58,15 @@ def test_the_sandbox_that_has_a_volume_is_told(directory: Path) -> None:
     direct_volume.forget_sandbox_id("pod")
 
 
+def test_a_pod_with_the_name_of_the_record_takes_no_record_away() -> None:
+    direct_volume.add(VOLUME, json.dumps(INFO))
+    with pytest.raises(InvalidArgumentError, match=f"{VOLUME}: found a pod with the id mountInfo.json"):
+        direct_volume.record_sandbox_id("mountInfo.json", VOLUME)
+    direct_volume.forget_sandbox_id("mountInfo.json", VOLUME)
+    direct_volume.forget_sandbox_id("mountInfo.json")
+    assert direct_volume.volume_mount_info(VOLUME)
+
+
 @pytest.mark.parametrize(
     ("info", "message"),
     [
