@@ -18,6 +18,9 @@ from virtcontainers.errors import KataError, NotFoundError
 TESTED_QEMU = (7, 2)
 """The oldest that kata-py is tested with."""
 
+NEEDED_LINUX = (5, 14)
+"""For the mounts of what a pod shares: mount_setattr(2) with MOUNT_ATTR_NOSYMFOLLOW."""
+
 TUN_DEVICE = Path("/dev/net/tun")
 
 
@@ -76,6 +79,7 @@ def examine(config_path: Path | None) -> Iterator[Finding]:
     else:
         yield from _configuration(config)
     hypervisor = config.hypervisor if config else HypervisorConfig()
+    yield _linux()
     yield _qemu(hypervisor)
     yield _acceleration(hypervisor)
     yield _vsock(config.agent if config else AgentConfig())
@@ -105,6 +109,16 @@ def _configuration(config: RuntimeConfig) -> Iterator[Finding]:
     for warning in config.warnings:
         if warning != key_warning(parsed):
             yield Finding(name, Status.WARNING, warning)
+
+
+def _linux() -> Finding:
+    release = os.uname().release
+    if tuple(map(int, re.findall(r"\d+", release)[:2])) < NEEDED_LINUX:
+        needed = ".".join(map(str, NEEDED_LINUX))
+        return Finding(
+            "Linux", Status.FAILURE, f"{release}: a pod's folders cannot be shared", f"boot {needed} or newer"
+        )
+    return Finding("Linux", Status.OK, release)
 
 
 def _qemu(config: HypervisorConfig) -> Finding:

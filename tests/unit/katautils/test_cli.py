@@ -117,7 +117,17 @@ def test_check_on_a_pipe_is_plain_lines(write_config: WriteConfig) -> None:
     for line in result.stdout.splitlines():
         assert re.match(r"(ok|warning|failure): [^:]+: \S", line), line
     names = [line.split(": ")[1] for line in result.stdout.splitlines()]
-    for name in ("configuration", "QEMU", "acceleration", "vsock", "TUN", "kernel", "initrd", "containerd"):
+    for name in (
+        "configuration",
+        "Linux",
+        "QEMU",
+        "acceleration",
+        "vsock",
+        "TUN",
+        "kernel",
+        "initrd",
+        "containerd",
+    ):
         assert name in names
     assert "virtiofsd" not in names
     assert re.search(r"failure: kernel: /does/not/exist: No such file.*; set kernel in \[hyp", result.stdout)
@@ -162,6 +172,22 @@ def test_check_lists_the_keys_one_by_one(write_config: WriteConfig) -> None:
             f"{path}: [hypervisor.qemu] default_memory: found 7, below 256 MiB; 2048 is taken, as in Kata",
         ),
     ]
+
+
+def test_check_wants_a_kernel_that_can_share_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    uname = os.uname()
+
+    def status(release: str) -> Status:
+        there = os.uname_result((uname.sysname, uname.nodename, release, uname.version, uname.machine))
+        monkeypatch.setattr(os, "uname", lambda: there)
+        (finding,) = findings(None)["Linux"]
+        assert finding.found.startswith(release)
+        return finding.status
+
+    for release in ("5.14.0-427.el9.x86_64", "6.1.0-56-amd64", "7.0-rc1"):
+        assert status(release) is Status.OK
+    for release in ("5.13.19-2-pve", "4.18.0-553.el8.x86_64"):
+        assert status(release) is Status.FAILURE
 
 
 @pytest.mark.parametrize(
