@@ -110,6 +110,9 @@ class Process:
 class Container:
     """One container. Made by `Sandbox.create_container`, which also undoes what a failed creation left."""
 
+    _volumes: Volumes
+    """There once it is shared."""
+
     def __init__(self, sandbox: Sandbox, config: ContainerConfig) -> None:
         self.sandbox = sandbox
         self.config = config
@@ -128,9 +131,6 @@ class Container:
         self._file_watch: FileWatch | None = None
         self._guest_spec: dict[str, Any] = {}
         self._sandbox_pidns = False
-        self._volumes = Volumes(
-            config.id, config.spec, sandbox.config, sandbox.fs_share, local_dir=sandbox.local_dir
-        )
 
     def require(self, *states: ContainerState) -> None:
         """Raise FailedPreconditionError unless the container is in one of `states`."""
@@ -141,19 +141,19 @@ class Container:
     def share(self) -> None:
         """Mount and share the root and the volumes, and make the guest's spec of it: host side only, so
         that it can be done while the machine starts. `cleanup` undoes it."""
-        share, config = self.sandbox.fs_share, self.config
+        sandbox, share, config = self.sandbox, self.sandbox.fs_share, self.config
         self.disks.require_root()
         if not (rootfs := self.disks.root):
             self._undo.callback(share.unshare_root_filesystem, self.id, config.rootfs)
             rootfs = share.share_root_filesystem(self.id, config.rootfs)
         self._undo.callback(share.unshare_files, self.id)
-
+        self._volumes = Volumes(self.id, config.spec, sandbox.config, share, local_dir=sandbox.local_dir)
         self._guest_spec, self._sandbox_pidns = guest_spec(
             self.disks.take_volumes(),
             rootfs=rootfs,
             guest_mount=self._volumes.guest_mount,
-            shm_size_bytes=self.sandbox.config.shm_size_bytes,
-            pass_seccomp=not self.sandbox.config.disable_guest_seccomp,
+            shm_size_bytes=sandbox.config.shm_size_bytes,
+            pass_seccomp=not sandbox.config.disable_guest_seccomp,
         )
 
     @property

@@ -16,7 +16,7 @@ from virtcontainers import cleanup, persist
 from virtcontainers.agent import KataAgent
 from virtcontainers.config import GUEST_SHARED_DIR, RUN_VC, ContainerConfig, SandboxConfig
 from virtcontainers.container import Container, ContainerState
-from virtcontainers.device.disks import ContainerDisks, GuestVolume
+from virtcontainers.device.disks import GuestVolume
 from virtcontainers.device.manager import DeviceManager
 from virtcontainers.device_cgroup import device_rules, sandbox_rules
 from virtcontainers.errors import (
@@ -74,7 +74,7 @@ async def create_sandbox(config: SandboxConfig, factory: Factory, *, prestart: H
     if persist.sandbox_dir(config.id).exists():
         raise AlreadyExistsError(f"sandbox {config.id} exists already: {persist.sandbox_dir(config.id)}")
     sandbox = Sandbox(config, factory)
-    ContainerDisks(config.container, config.hypervisor).require_root()
+    sandbox._first.disks.require_root()
     try:
         await sandbox._start(prestart)
     except BaseException:
@@ -102,9 +102,6 @@ class Sandbox:
         self.config = config
         self.containers: dict[str, Container] = {}
         self.fs_share = FilesystemShare(config.id)
-        root = ContainerDisks(config.container, config.hypervisor).root
-        self.local_dir = f"{root or f'{GUEST_SHARED_DIR}{config.id}/rootfs'}/{LOCAL}"
-        """In the guest, on the disk of the first container's root, as in Kata: volumes of the pod's own."""
         self.is_dead = False
         """The machine or its agent is gone: nothing more is asked of them."""
         self._death = ""
@@ -132,10 +129,16 @@ class Sandbox:
         self._resizing = asyncio.Lock()
         self._shared = asyncio.Event()
         """Set when the share is there for containers to be added."""
+        self._first = Container(self, config.container)
 
     def _devices_allowed(self, paths: Iterable[Path]) -> contextlib.AbstractContextManager[None]:
         """For this process to open: QEMU opens no disk itself."""
         return self._cgroups.sandbox.devices_allowed(device_rules(paths))
+
+    @property
+    def local_dir(self) -> str:
+        """In the guest, on the disk of the first container's root, as in Kata: volumes of the pod's own."""
+        return f"{self._first.disks.root or f'{GUEST_SHARED_DIR}{self._first.id}/rootfs'}/{LOCAL}"
 
     @property
     def hypervisor(self) -> Hypervisor:
@@ -157,7 +160,7 @@ class Sandbox:
     async def _start(self, prestart: Hook | None) -> None:
         config = self.config
         _check_id("container", config.container.id)
-        container = Container(self, config.container)
+        container = self._first
         self.containers[container.id] = container
         self._state.cgroups = self._cgroups.paths
         self.save()
