@@ -17,7 +17,7 @@ from pathlib import Path
 
 from virtcontainers.agent import KataAgent
 from virtcontainers.errors import KataError, UnavailableError
-from virtcontainers.fs_share import guests_part
+from virtcontainers.fs_share import GuestFolders
 from virtcontainers.inotify import Inotify
 from virtcontainers.mount import open_source
 from virtcontainers.syscalls import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, fd_path, openat2
@@ -97,7 +97,7 @@ class CopiedFile:
         """Raises KataError."""
         with contextlib.ExitStack() as stack:
             try:
-                top = stack.enter_context(open_source(self.source, guests_part(self.source)))
+                top = stack.enter_context(open_source(self.source, GuestFolders().part(self.source)))
             except OSError as error:
                 raise KataError(f"{self.source}: {error.strerror}") from error
             yield top

@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,29 +111,41 @@ class FilesystemShare:
 
     def share_sandbox_bind_mounts(self, sources: Sequence[str]) -> None:
         """Share `sandbox_bind_mounts`, read-only, as `sandbox-mounts/NAME`: for the guest itself."""
+        guests = GuestFolders()
         for source in map(Path, sources):
-            self._share(source, f"{_SANDBOX_MOUNTS}/{source.resolve().name}", readonly=True, slave=False)
+            name = f"{_SANDBOX_MOUNTS}/{source.resolve().name}"
+            self._share(source, name, readonly=True, slave=False, guests=guests)
 
     def share_file(
-        self, container_id: str, source: Path, destination: str, *, readonly: bool, slave: bool = False
+        self,
+        container_id: str,
+        source: Path,
+        destination: str,
+        *,
+        readonly: bool,
+        slave: bool = False,
+        guests: GuestFolders | None = None,
     ) -> str:
         """Share one bind mount's source, file or directory with all that is mounted in it, with `slave` also
         later; returns its path in the guest. Read-only is enforced here, on the host, not left to the guest,
-        for all but what is mounted later."""
+        for all but what is mounted later. `guests` are for what is shared at one go."""
         name = shared_name(container_id, destination)
-        self._share(source, name, readonly=readonly, slave=slave)
+        self._share(source, name, readonly=readonly, slave=slave, guests=guests or GuestFolders())
         return GUEST_SHARED_DIR + name
 
-    def _share(self, source: Path, name: str, *, readonly: bool, slave: bool) -> None:
+    def _share(self, source: Path, name: str, *, readonly: bool, slave: bool, guests: GuestFolders) -> None:
+        target = self._mounts / name
         mount.bind_mount(
             source,
-            self._mounts / name,
+            target,
             readonly=readonly,
             recursive=True,
             slave=slave,
             attributes=_ATTRIBUTES,
-            guests=guests_part(source),
+            guests=guests.part(source),
         )
+        if not readonly and target.is_dir():
+            guests.forget()
 
     def make_watchable_directory(self) -> None:
         """Where the guest mounts its copies of what it watches; it cannot make it, its share is read-only."""
@@ -161,38 +173,52 @@ class FilesystemShare:
         mount.remove_mountpoints(self.root)
 
 
-def guests_part(source: Path) -> mount.GuestsPart | None:
-    """Of the way to `source`, from the outermost folder on in which a guest can write, of this pod or of
-    another. None: the way, with the host's own symlinks on it, comes to none."""
-    writable = set()
+class GuestFolders:
+    """The folders that guests may write, of this pod or of another, as they are when it is first asked."""
+
+    def __init__(self) -> None:
+        self._known: set[tuple[int, int]] | None = None
+
+    def forget(self) -> None:
+        """There are more, to be found when it is asked again."""
+        self._known = None
+
+    def part(self, source: Path) -> mount.GuestsPart | None:
+        """Of the way to `source`, from the outermost of the folders on. None: the way, with the host's own
+        symlinks on it, comes to none."""
+        if self._known is None:
+            self._known = set(_writable_by_guests())
+        folder, rest = Path("/"), list(source.parts[1:])
+        links = 0
+        with contextlib.suppress(OSError):
+            while _identity(folder) not in self._known:
+                if not rest:
+                    return None
+                name = rest.pop(0)
+                if name == "..":
+                    folder = folder.parent
+                    continue
+                below = folder / name
+                if not below.is_symlink():
+                    folder = below
+                    continue
+                if (links := links + 1) > _LINKS_LIMIT:
+                    return None
+                target = below.readlink()
+                folder = Path("/") if target.is_absolute() else folder
+                rest[:0] = target.parts[1:] if target.is_absolute() else target.parts
+            return mount.GuestsPart(folder, "/".join(rest))
+        return None
+
+
+def _writable_by_guests() -> Iterator[tuple[int, int]]:
     for point in mount.mounts_below(SHARED_SANDBOXES):
         # The others are copies of these.
         if point.relative_to(SHARED_SANDBOXES).parts[1:2] == ("mounts",):
             with contextlib.suppress(OSError):
                 # A file that the pod's containers share, /etc/hosts, leads nowhere.
                 if point.is_dir() and not os.statvfs(point).f_flag & os.ST_RDONLY:
-                    writable.add(_identity(point))
-    folder, rest = Path("/"), list(source.parts[1:])
-    links = 0
-    with contextlib.suppress(OSError):
-        while _identity(folder) not in writable:
-            if not rest:
-                return None
-            name = rest.pop(0)
-            if name == "..":
-                folder = folder.parent
-                continue
-            below = folder / name
-            if not below.is_symlink():
-                folder = below
-                continue
-            if (links := links + 1) > _LINKS_LIMIT:
-                return None
-            target = below.readlink()
-            folder = Path("/") if target.is_absolute() else folder
-            rest[:0] = target.parts[1:] if target.is_absolute() else target.parts
-        return mount.GuestsPart(folder, "/".join(rest))
-    return None
+                    yield _identity(point)
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from agent_client.protocols import agent_pb2
 from virtcontainers import mount
 from virtcontainers.config import GUEST_SANDBOX_DIR, GUEST_SHARED_DIR, OCISpec, SandboxConfig, SharedFS
 from virtcontainers.errors import InvalidArgumentError, KataError
-from virtcontainers.fs_share import WATCHABLE, FilesystemShare, shared_name
+from virtcontainers.fs_share import WATCHABLE, FilesystemShare, GuestFolders, shared_name
 
 if TYPE_CHECKING:
     from virtcontainers.copied_files import CopiedFile
@@ -61,6 +61,7 @@ class Volumes:
         self._config = config
         self._share = share
         self._local_dir = local_dir
+        self._guests = GuestFolders()
 
     def guest_mount(self, entry: dict[str, Any]) -> dict[str, Any]:
         """The guest's version of a bind mount. Raises InvalidArgumentError with the mount's destination."""
@@ -139,7 +140,9 @@ class Volumes:
                 extra={"sandbox": self._config.id, "container": self._id},
             )
         follows_host = bool({"slave", "rslave", "shared", "rshared"} & set(options))
-        shared = self._share.share_file(self._id, source, destination, readonly=readonly, slave=follows_host)
+        shared = self._share.share_file(
+            self._id, source, destination, readonly=readonly, slave=follows_host, guests=self._guests
+        )
         return self._watched(source, shared, options) if _is_watched(source) else shared
 
     def _watched(self, source: Path, shared: str, options: Sequence[str]) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from virtcontainers import mount
-from virtcontainers.config import Mount, RootFs
+from virtcontainers.config import SHARED_SANDBOXES, Mount, RootFs
 from virtcontainers.copied_files import CopiedFile
 from virtcontainers.errors import KataError
-from virtcontainers.fs_share import FilesystemShare
+from virtcontainers.fs_share import FilesystemShare, GuestFolders
 
 
 @pytest.fixture
@@ -197,6 +197,33 @@ def test_a_volume_in_a_folder_that_a_guest_has_does_not_lead_out_of_it(
     share.unshare_files("web")
     share.unshare_files("hostile")
     share.share_file("web", tmp_path / "volume/out", "/data", readonly=True)
+
+
+def test_for_what_is_shared_at_one_go_the_guests_folders_are_looked_for_when_there_is_one_more(
+    share: FilesystemShare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    def mounts_below(path: Path) -> list[Path]:
+        nonlocal looks
+        looks += path == SHARED_SANDBOXES
+        return find_below(path)
+
+    find_below = mount.mounts_below
+    monkeypatch.setattr(mount, "mounts_below", mounts_below)
+    for name in ("volume", "host"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "hosts").touch()
+    (tmp_path / "volume/out").symlink_to(tmp_path / "host")
+    guests = GuestFolders()
+    for number in range(3):
+        share.share_file("web", tmp_path / "hosts", f"/file{number}", readonly=False, guests=guests)
+        share.share_file("web", tmp_path / "volume/out", f"/data{number}", readonly=True, guests=guests)
+    assert looks == 1
+    share.share_file("web", tmp_path / "volume", "/volume", readonly=False, guests=guests)
+    with pytest.raises(KataError, match="a guest can write in"):
+        share.share_file("web", tmp_path / "volume/out", "/last", readonly=True, guests=guests)
+    assert looks == 2
 
 
 def test_a_way_by_the_hosts_own_links_and_mounts_into_a_guests_folder_does_not_lead_out_of_it(

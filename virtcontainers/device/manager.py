@@ -11,7 +11,7 @@ from pathlib import Path
 from agent_client.protocols import agent_pb2
 from virtcontainers.device.block import DeviceInfo, Key, key_of, opened
 from virtcontainers.errors import InvalidArgumentError, KataError
-from virtcontainers.fs_share import guests_part
+from virtcontainers.fs_share import GuestFolders
 from virtcontainers.hypervisor.base import Hypervisor
 from virtcontainers.hypervisor.hotplug_block import BlockDrive, PluggedDrive
 
@@ -68,7 +68,7 @@ class DeviceManager:
 
     @contextlib.contextmanager
     def _opened(self, info: DeviceInfo) -> Iterator[tuple[Key, BlockDrive]]:
-        if (guests := guests_part(info.path)) is not None:
+        if (guests := GuestFolders().part(info.path)) is not None:
             # Whose root user makes symlinks and device nodes there.
             raise InvalidArgumentError(
                 f"block device {info.path}: a guest can write in {guests.folder}, expected another path"
