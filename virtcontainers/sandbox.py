@@ -30,7 +30,6 @@ from virtcontainers.errors import (
 from virtcontainers.fs_share import FilesystemShare
 from virtcontainers.hypervisor.base import Hypervisor, vm_dir
 from virtcontainers.hypervisor.process import find_processes
-from virtcontainers.network.child import open_namespace
 from virtcontainers.network.network import Network
 from virtcontainers.resource_control import PodCgroups, ResourceStats, parse_cpus, pin_thread
 from virtcontainers.resources import cpuset, wanted_memory_mib, wanted_vcpus
@@ -229,8 +228,7 @@ class Sandbox:
 
     async def _forward_ports(self) -> None:
         """What does not work is logged: the pod can do without."""
-        path = self.config.network.network_namespace
-        if path is None or self.config.network.disable_new_network:
+        if (namespace := self.network.namespace) is None:
             return
         if not self.agent.forwards_ports:
             self._log.info("the guest's agent has no port-forward: the pod's localhost will refuse it")
@@ -238,11 +236,7 @@ class Sandbox:
         from virtcontainers.network.port_forward import PortForward
 
         try:
-            namespace = open_namespace(path)
-            try:
-                self._port_forward = PortForward(namespace, self.agent, sandbox_id=self.id)
-            finally:
-                os.close(namespace)
+            self._port_forward = PortForward(namespace, self.agent, sandbox_id=self.id)
             await self._port_forward.start()
         except KataError as error:
             self._log.warning("the pod's localhost will refuse port-forward: %s", error)

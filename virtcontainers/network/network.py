@@ -103,6 +103,13 @@ class Network:
     def _where(self) -> str:
         return f"network namespace {self._path}"
 
+    @property
+    def namespace(self) -> int | None:
+        """A descriptor of the pod's namespace, from `start` to `delete`. None for a pod without one, or with
+        one that is left alone."""
+        has_one = self._namespace >= 0 and self.config.network_namespace is not None
+        return self._namespace if has_one else None
+
     def start(self) -> None:
         """Look into the namespace and connect its links, while the machine starts. Raises
         InvalidArgumentError when there is no such namespace, or it is the host's."""
