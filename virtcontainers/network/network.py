@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 VHOST_NET = Path("/dev/vhost-net")
 _SETTLE_S = 0.2
 """Who sets up a link makes a dozen changes, one after another."""
+_RETRY_S = 1.0
+"""After a change could not be followed; then twice as long each time."""
+_MOST_RETRY_S = 60.0
 _UNPLUG_TIMEOUT_S = 30.0
 _MOST_QUEUES = 64
 """Of a card; all its descriptors come in one message."""
@@ -92,6 +95,9 @@ class Network:
         self._guest_knows = True
         """It was told of all that was seen."""
         self._timer: asyncio.TimerHandle | None = None
+        """Of the next look at the namespace."""
+        self._retry_s = _RETRY_S
+        self._complaint = ""
         self._lock = asyncio.Lock()
         """Of all that is done to the machine's cards and the guest's network."""
         self._first: asyncio.Task[_Changes] | None = None
@@ -265,10 +271,14 @@ class Network:
                 # What has no card is new again next time, and the guest is told of the others anew.
                 self.endpoints = [each for each in self.endpoints if each.pci_path]
                 self._guest_knows = False
+                if self._machine is not None:
+                    self._look_in(self._retry_s)
+                    self._retry_s = min(2 * self._retry_s, _MOST_RETRY_S)
                 raise
             finally:
                 if self._machine is not None:
                     self._listen()
+            self._retry_s, self._complaint = _RETRY_S, ""
 
     async def _apply(self, changes: _Changes) -> None:
         if not changes and self._guest_knows:
@@ -301,8 +311,17 @@ class Network:
 
     def _on_message(self) -> None:
         self._drain()
-        if self._is_stale and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_SETTLE_S, self._on_settled)
+        if self._is_stale:
+            self._look_in(_SETTLE_S)
+
+    def _look_in(self, delay_s: float) -> None:
+        """Unless that is sooner anyhow."""
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            if self._timer.when() <= loop.time() + delay_s:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_later(delay_s, self._on_time)
 
     def _drain(self) -> None:
         while True:
@@ -317,9 +336,9 @@ class Network:
             else:
                 self._is_stale = self._is_stale or events.matter(data, self._taps)
 
-    def _on_settled(self) -> None:
+    def _on_time(self) -> None:
         self._timer = None
-        if self._is_stale:
+        if self._is_stale or not self._guest_knows:
             task = asyncio.create_task(self._sync_in_background())
             self._background.add(task)
             task.add_done_callback(self._background.discard)
@@ -328,7 +347,10 @@ class Network:
         try:
             await self._sync(strict=False)
         except KataError as error:
-            self._log.error("the pod's network is not what its namespace has: %s", error)
+            # Once: it is tried again, and may be so until the pod's end.
+            level = logging.DEBUG if self._complaint == str(error) else logging.ERROR
+            self._complaint = str(error)
+            self._log.log(level, "the pod's network is not what its namespace has: %s", error)
 
 
 async def cleanup(planned: dict[str, Any]) -> None:

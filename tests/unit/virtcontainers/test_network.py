@@ -66,9 +66,11 @@ class Machine:
         self.interfaces: dict[str, types_pb2.Interface] = {}
         self.routes: list[types_pb2.Route] = []
         self.refuses_cards = self.keeps_cards = False
+        self.refused = 0
 
     async def hotplug_net(self, device: NetDevice) -> str:
         if self.refuses_cards:
+            self.refused += 1
             raise QMPFailed("QMP device_add: no")
         self.taps[device.tap] = [os.dup(fd) for fd in device.fds]
         return f"02/{len(self.taps):02x}"
@@ -119,8 +121,10 @@ async def logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
 
 
 def test_what_the_machine_refused_is_told_and_tried_again(
-    namespace: Namespace, caplog: pytest.LogCaptureFixture
+    namespace: Namespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("virtcontainers.network.network._RETRY_S", 1000)
+
     async def body() -> None:
         machine = Machine()
         add_link(namespace, "eth0", "10.0.0.2/24")
@@ -150,6 +154,39 @@ def test_what_the_machine_refused_is_told_and_tried_again(
             await network.delete()
         assert "_kata" not in namespace.sh("ip -o link show")
         assert "ingress" not in namespace.sh("tc qdisc show")
+
+    asyncio.run(body())
+
+
+def test_what_the_machine_refused_is_tried_again_by_itself_until_the_pods_end(
+    namespace: Namespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("virtcontainers.network.network._RETRY_S", 0.01)
+
+    async def body() -> None:
+        machine = Machine()
+        network = await attached(namespace, machine)
+        try:
+            machine.refuses_cards = True
+            add_link(namespace, "eth0", "10.0.0.2/24")
+            async with asyncio.timeout(TIMEOUT_S):
+                while machine.refused < 3:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                machine.refuses_cards = False
+                while "eth0" not in machine.interfaces:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert caplog.text.count("the pod's network is not what its namespace has") == 1
+
+            machine.refuses_cards = True
+            add_link(namespace, "net1", "10.1.0.2/24")
+            await logged(caplog, "the pod's network is not what its namespace has")
+        finally:
+            await network.close()
+            refused = machine.refused
+            await asyncio.sleep(0.2)
+            assert machine.refused == refused
+            machine.end()
+            await network.delete()
 
     asyncio.run(body())
 
