@@ -427,6 +427,8 @@ class Sandbox:
                 await self._bury(await silence)
         finally:
             silence.cancel()
+        await self._stop_forwarding()
+        await self.network.close()
         return self._death
 
     async def _watch_machine(self) -> None:
@@ -445,8 +447,6 @@ class Sandbox:
         self.is_dead, self._death = True, reason
         self._log.error("the pod is dead: %s", reason)
         await self._vm.agent.close()
-        await self._stop_forwarding()
-        await self.network.close()
 
     async def _watch_agent(self) -> str:
         while True:
