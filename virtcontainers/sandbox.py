@@ -445,7 +445,8 @@ class Sandbox:
     async def _bury(self, reason: str) -> None:
         assert self._vm is not None
         self.is_dead, self._death = True, reason
-        self._log.error("the pod is dead: %s", reason)
+        # Some agents end the machine with the sandbox.
+        self._log.log(logging.INFO if self.is_ending else logging.ERROR, "the pod is dead: %s", reason)
         await self._vm.agent.close()
 
     async def _watch_agent(self) -> str:
