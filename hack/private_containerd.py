@@ -46,8 +46,9 @@ def write_kata_config(path: Path, settings: Settings | None = None) -> Path:
             "initrd": str(GUEST_IMAGE / "initrd.img"),
             "default_memory": 256,
         },
-        # An emulated machine boots for long on a host that is busy.
+        # An emulated machine is slow on a host that is busy.
         "agent.kata": {"dial_timeout": 120},
+        "runtime": {"create_container_timeout": 120},
     }
     for section, values in (settings or {}).items():
         merged.setdefault(section, {}).update(values)
