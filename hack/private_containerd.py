@@ -45,7 +45,10 @@ def write_kata_config(path: Path, settings: Settings | None = None) -> Path:
             "kernel": str(GUEST_IMAGE / "vmlinuz"),
             "initrd": str(GUEST_IMAGE / "initrd.img"),
             "default_memory": 256,
-        }
+        },
+        # An emulated machine is slow on a host that is busy.
+        "agent.kata": {"dial_timeout": 120},
+        "runtime": {"create_container_timeout": 120},
     }
     for section, values in (settings or {}).items():
         merged.setdefault(section, {}).update(values)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,16 +43,39 @@ def guest_image() -> Path:
     return GUEST_IMAGE
 
 
-def _start(suite: str, directory: Path, settings: Settings | None = None, cri: bool = False) -> Containerd:
-    binaries = Path("/usr/bin") if suite == "system" else CACHE / "containerd" / suite / "bin"
+@pytest.fixture(scope="session")
+def machines(guest_image: Path) -> Iterator[Settings]:
+    """Of all containerds: pods are clones of one template. To boot takes over ten times as long."""
     if os.geteuid() != 0:
         pytest.skip("containerd needs root")
-    if not (binaries / "containerd").exists():
-        reason = CACHE / "containerd" / f"{suite}.missing"
-        pytest.skip(reason.read_text().strip() if reason.exists() else "run hack/containerd-versions")
     for needed in (REPO / ".venv/bin/containerd-shim-kata-py-v2", TEST_IMAGE_ARCHIVE, PAUSE_IMAGE_ARCHIVE):
         if not needed.exists():
             pytest.skip(f"no {needed}: run hack/setup.sh")
+    # Not in this session's directory: `host_state` would take it for left behind by its first user.
+    with tempfile.TemporaryDirectory(prefix="kata-py-machines-") as name:
+        directory = Path(name)
+        settings: Settings = {
+            "factory": {"enable_template": True, "template_path": str(directory / "template")},
+            "hypervisor.qemu": {"enable_annotations": ["enable_virtio_mem"]},
+        }
+        configuration = write_kata_config(directory / "configuration.toml", settings)
+
+        def kata_py(action: str) -> None:
+            program = REPO / ".venv/bin/kata-py"
+            subprocess.run([program, "factory", action, "--config", configuration], check=True)
+
+        try:
+            kata_py("init")
+            yield settings
+        finally:
+            kata_py("destroy")
+
+
+def _start(suite: str, directory: Path, settings: Settings, cri: bool = False) -> Containerd:
+    binaries = Path("/usr/bin") if suite == "system" else CACHE / "containerd" / suite / "bin"
+    if not (binaries / "containerd").exists():
+        reason = CACHE / "containerd" / f"{suite}.missing"
+        pytest.skip(reason.read_text().strip() if reason.exists() else "run hack/containerd-versions")
     containerd = Containerd(
         root=directory / "root", run=directory / "run", binaries=binaries, settings=settings, cri=cri
     )
@@ -60,60 +85,52 @@ def _start(suite: str, directory: Path, settings: Settings | None = None, cri: b
 
 
 @pytest.fixture(scope="session")
-def containerd(tmp_path_factory: pytest.TempPathFactory, guest_image: Path) -> Iterator[Containerd]:
+def containerd(tmp_path_factory: pytest.TempPathFactory, machines: Settings) -> Iterator[Containerd]:
     """The machine's containerd, as a private instance."""
-    instance = _start("system", tmp_path_factory.mktemp("c"))
+    instance = _start("system", tmp_path_factory.mktemp("c"), machines)
     yield instance
     instance.destroy()
 
 
 @pytest.fixture(scope="session", params=SUITES)
 def every_containerd(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, guest_image: Path
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, machines: Settings
 ) -> Iterator[Containerd]:
     """Each containerd that can be had, one after another."""
     if request.param == "system":
         yield request.getfixturevalue("containerd")
         return
-    instance = _start(request.param, tmp_path_factory.mktemp("c"))
+    instance = _start(request.param, tmp_path_factory.mktemp("c"), machines)
     yield instance
     instance.destroy()
 
 
 @pytest.fixture(scope="session")
-def crictl(tmp_path_factory: pytest.TempPathFactory, guest_image: Path) -> Iterator[Crictl]:
-    """crictl on the machine's containerd with the CRI plugin, in a private instance with a template."""
-    with _cri_instance("system", tmp_path_factory.mktemp("cri")) as found:
+def crictl(tmp_path_factory: pytest.TempPathFactory, machines: Settings) -> Iterator[Crictl]:
+    """crictl on the machine's containerd with the CRI plugin, in a private instance."""
+    with _cri_instance("system", tmp_path_factory.mktemp("cri"), machines) as found:
         yield found
 
 
 @pytest.fixture(params=SUITES[1:])
 def newer_crictl(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, guest_image: Path
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, machines: Settings
 ) -> Iterator[Crictl]:
     """As `crictl`, on each newer containerd that can be had."""
-    with _cri_instance(request.param, tmp_path_factory.mktemp("cri")) as found:
+    with _cri_instance(request.param, tmp_path_factory.mktemp("cri"), machines) as found:
         yield found
 
 
 @contextlib.contextmanager
-def _cri_instance(suite: str, directory: Path) -> Iterator[Crictl]:
+def _cri_instance(suite: str, directory: Path, settings: Settings) -> Iterator[Crictl]:
     """Whatever it has for its pods is gone at the end."""
-    factory = {"enable_template": True, "template_path": str(directory / "template")}
-    settings: Settings = {
-        "factory": factory,
-        "hypervisor.qemu": {"enable_annotations": ["enable_virtio_mem"]},
-    }
-    instance = _start(suite, directory, settings=settings, cri=True)
+    instance = _start(suite, directory, settings, cri=True)
     try:
-        # Now, and not while somebody looks at what a test leaves behind.
-        instance.kata_py("factory", "init")
         yield Crictl(instance, directory)
         bridge = Path("/sys/class/net", instance.network.bridge)
         assert not list((bridge / "brif").iterdir()), "no pod is left on the bridge"
         assert not list(instance.run.glob("state/*/netns/*")), "no network namespace is left"
     finally:
-        instance.kata_py("factory", "destroy")
         instance.destroy()
         assert not Path("/sys/class/net", instance.network.bridge).exists()
 
@@ -138,7 +155,10 @@ Config = Callable[..., tuple[str, ...]]
 
 @pytest.fixture
 def config(tmp_path: Path, guest_image: Path) -> Config:
-    """`config({"hypervisor.qemu": {...}})`: options that make `ctr run` use a configuration of its own."""
+    """`config({"hypervisor.qemu": {...}})`: options that make `ctr run` use a configuration of its own.
+
+    Without more settings the pod's machine is booted.
+    """
 
     def write(settings: Settings) -> tuple[str, ...]:
         path = write_kata_config(tmp_path / "configuration.toml", settings)

@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import json
+import os
 import re
 import socket
 import subprocess
@@ -57,6 +58,18 @@ def wait_for(what: str, look: Callable[[], T | None], timeout_s: float = TIMEOUT
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
         time.sleep(0.05)
     return answer
+
+
+def remove_cgroups(path: Path) -> None:
+    """This one and all below, when their processes have ended."""
+
+    def removed(cgroup: Path) -> bool:
+        with contextlib.suppress(OSError):
+            cgroup.rmdir()
+        return not cgroup.exists()
+
+    for directory, _, _ in os.walk(path, topdown=False):
+        wait_for(f"the end of what runs in {directory}", functools.partial(removed, Path(directory)))
 
 
 @dataclass(frozen=True)

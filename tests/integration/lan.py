@@ -127,7 +127,7 @@ class Namespace:
         ip = f"ip -n {self.name}"
         return sh(f"""
             {ip} -o link | sed "s/qlen.*//"
-            {ip} -o addr | sed "s/tentative//; s/nodad//" | grep -v fe80
+            {ip} -o addr | sed "s/ tentative//; s/ nodad//" | grep -v fe80
             {ip} -4 route show table all | sort
             {ip} -6 route show table all | grep -v -e fe80 -e ff00 | sort
             {ip} rule; {ip} -6 rule; tc -n {self.name} qdisc

@@ -53,7 +53,7 @@ READY_TIMEOUT_S = 120
 LEFT_TIMEOUT_S = 20
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(guest_image: Path) -> VMConfig:
     hypervisor = HypervisorConfig(
         kernel=guest_image / "vmlinuz",
@@ -62,6 +62,25 @@ def config(guest_image: Path) -> VMConfig:
         shared_fs=SharedFS.VIRTIO_9P,
     )
     return VMConfig(hypervisor, AgentConfig(dial_timeout_s=120, transport=AgentTransport.SERIAL))
+
+
+@pytest.fixture(scope="module")
+def template(config: VMConfig) -> Iterator[Template]:
+    """For tests to which it is all the same how the cache's machines are made. None changes it."""
+    yield from _template_of(config)
+
+
+@pytest.fixture(scope="module")
+def virtio_fs_template(config: VMConfig) -> Iterator[Template]:
+    yield from _template_of(virtio_fs(config))
+
+
+def _template_of(config: VMConfig) -> Iterator[Template]:
+    path = RUN_VC / "vm" / new_id("template")
+    try:
+        yield asyncio.run(Template.new(path, config))
+    finally:
+        asyncio.run(destroy(path))
 
 
 @pytest.fixture
@@ -271,9 +290,9 @@ def test_an_empty_cache_costs_a_pod_no_time(endpoint: Path, config: VMConfig) ->
     asyncio.run(body())
 
 
-def test_quit_ends_the_machines_that_nobody_has(endpoint: Path, config: VMConfig) -> None:
+def test_quit_ends_the_machines_that_nobody_has(endpoint: Path, config: VMConfig, template: Template) -> None:
     async def body() -> None:
-        async with serving(endpoint, Direct(config), config, number=2) as serving_:
+        async with serving(endpoint, template, config, number=2) as serving_:
             await serving_.filled()
             pids = [machine.pid for machine in (await cache_status(endpoint)).vmstatus]
             assert len(pids) == 2 and all(runs(pid) for pid in pids)
@@ -308,9 +327,9 @@ def test_a_server_that_stops_while_it_makes_a_machine_leaves_nothing(
     asyncio.run(body())
 
 
-def test_what_nobody_comes_for_is_ended(endpoint: Path, config: VMConfig) -> None:
+def test_what_nobody_comes_for_is_ended(endpoint: Path, config: VMConfig, template: Template) -> None:
     async def body() -> None:
-        async with serving(endpoint, Direct(config), config, claim_timeout_s=0.5) as serving_:
+        async with serving(endpoint, template, config, claim_timeout_s=3) as serving_:
             await serving_.filled()
             (ready,) = (await cache_status(endpoint)).vmstatus
             cache = await GrpcCache.fetch(endpoint, config)
@@ -326,9 +345,9 @@ def test_what_nobody_comes_for_is_ended(endpoint: Path, config: VMConfig) -> Non
     asyncio.run(body())
 
 
-def test_a_pod_that_comes_too_late_is_told(endpoint: Path, config: VMConfig) -> None:
+def test_a_pod_that_comes_too_late_is_told(endpoint: Path, config: VMConfig, template: Template) -> None:
     async def body() -> None:
-        async with serving(endpoint, Direct(config), config) as serving_:
+        async with serving(endpoint, template, config) as serving_:
             await serving_.filled()
             (ready,) = (await cache_status(endpoint)).vmstatus
             cache = await GrpcCache.fetch(endpoint, config)
@@ -353,9 +372,9 @@ def cache_machine_of(pid: int) -> str:
     return match[1]
 
 
-def test_a_ready_machine_that_dies_is_made_anew(endpoint: Path, config: VMConfig) -> None:
+def test_a_ready_machine_that_dies_is_made_anew(endpoint: Path, config: VMConfig, template: Template) -> None:
     async def body() -> None:
-        async with serving(endpoint, Direct(config), config) as serving_:
+        async with serving(endpoint, template, config) as serving_:
             await serving_.filled()
             (ready,) = (await cache_status(endpoint)).vmstatus
             os.kill(ready.pid, signal.SIGKILL)
@@ -388,12 +407,12 @@ def test_a_machine_of_an_old_initrd_is_not_handed_out(
     asyncio.run(body())
 
 
-def test_another_process_cleans_up_after_a_pod(endpoint: Path, config: VMConfig) -> None:
+def test_another_process_cleans_up_after_a_pod(endpoint: Path, virtio_fs_template: Template) -> None:
     """As containerd's delete does after the shim has died."""
-    config = virtio_fs(config)
+    config = virtio_fs_template.config
 
     async def body() -> None:
-        async with serving(endpoint, Direct(config), config) as serving_:
+        async with serving(endpoint, virtio_fs_template, config) as serving_:
             await serving_.filled()
             vm_id, seen = new_id("pod"), list[Persisted]()
             with no_share_left(vm_id):
@@ -483,16 +502,18 @@ def test_a_pod_runs_in_a_cached_machine(
 
 @pytest.mark.parametrize("sandbox_cgroup_only", [True, False])
 def test_a_cached_machine_is_held_to_its_pods_cgroups(
-    tmp_path: Path, guest_image: Path, endpoint: Path, sandbox_cgroup_only: bool
+    tmp_path: Path, guest_image: Path, endpoint: Path, template: Template, sandbox_cgroup_only: bool
 ) -> None:
     """Its processes were born in those of the server."""
     id_ = new_id("pod")
     given = sandbox_config(tmp_path / id_, guest_image, id_, spec("true"))
-    given = replace(given, sandbox_cgroup_only=sandbox_cgroup_only)
-    config = VMConfig(given.hypervisor, given.agent)
+    config = template.config
+    given = replace(
+        given, sandbox_cgroup_only=sandbox_cgroup_only, hypervisor=config.hypervisor, agent=config.agent
+    )
 
     async def body() -> None:
-        async with serving(endpoint, Direct(config), config) as serving_:
+        async with serving(endpoint, template, config) as serving_:
             await serving_.filled()
             sandbox = await create_sandbox(given, Factory(await GrpcCache.fetch(endpoint, config)))
             try:
@@ -530,12 +551,12 @@ def test_a_template_that_is_gone_is_made_anew_for_the_next_machine(endpoint: Pat
 SERVER = """
 import asyncio, pickle, signal, sys
 from virtcontainers.factory.cache import CacheServer
-from virtcontainers.factory.direct import Direct
+from virtcontainers.factory.template import Template
 
 async def body():
-    endpoint, number, config = pickle.loads(bytes.fromhex(sys.argv[1]))
+    endpoint, number, path, config = pickle.loads(bytes.fromhex(sys.argv[1]))
     ready = lambda number: print(number, flush=True)
-    server = CacheServer(endpoint, number, Direct(config), config, on_ready=ready)
+    server = CacheServer(endpoint, number, Template.fetch(path, config), config, on_ready=ready)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.stop)
     await server.run()
 
@@ -545,12 +566,12 @@ asyncio.run(body())
 
 @contextlib.contextmanager
 def server_process(
-    endpoint: Path, config: VMConfig, number: int, servers: list[int]
+    endpoint: Path, template: Template, number: int, servers: list[int]
 ) -> Iterator[subprocess.Popen[str]]:
     """A server whose machines are ready."""
     import pickle
 
-    argument = pickle.dumps((endpoint, number, config)).hex()
+    argument = pickle.dumps((endpoint, number, template.path, template.config)).hex()
     with subprocess.Popen(
         [sys.executable, "-c", SERVER, argument], stdout=subprocess.PIPE, text=True, cwd=REPO
     ) as process:
@@ -566,9 +587,9 @@ def server_process(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_machine_of_a_pod_outlives_the_server_and_the_others_go(
-    endpoint: Path, config: VMConfig, servers: list[int], number: signal.Signals
+    endpoint: Path, virtio_fs_template: Template, servers: list[int], number: signal.Signals
 ) -> None:
-    config = virtio_fs(config)
+    config = virtio_fs_template.config
 
     async def body(process: subprocess.Popen[str]) -> None:
         pids = [machine.pid for machine in (await cache_status(endpoint)).vmstatus]
@@ -587,19 +608,19 @@ def test_a_machine_of_a_pod_outlives_the_server_and_the_others_go(
             assert await answers(vm)
             assert all(runs(pid) for pid in vm.hypervisor.get_pids())
 
-    with server_process(endpoint, config, 2, servers) as process:
+    with server_process(endpoint, virtio_fs_template, 2, servers) as process:
         asyncio.run(body(process))
 
 
 def test_the_next_server_ends_what_a_killed_one_has_left(
-    endpoint: Path, config: VMConfig, servers: list[int]
+    endpoint: Path, template: Template, servers: list[int]
 ) -> None:
-    with server_process(endpoint, config, 1, servers) as process:
+    with server_process(endpoint, template, 1, servers) as process:
         (left,) = asyncio.run(cache_status(endpoint)).vmstatus
         process.kill()
         process.wait()
         assert runs(left.pid)
-        with server_process(endpoint, config, 1, servers):
+        with server_process(endpoint, template, 1, servers):
             assert not runs(left.pid)
             assert asyncio.run(quit_cache(endpoint, 60))
 

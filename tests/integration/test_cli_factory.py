@@ -134,27 +134,6 @@ def test_status_tells_what_it_is_made_of_and_what_it_costs(template: Templates) 
     assert re.search(r"\n  memory +\d+\.\d MiB allocated of 256\.0 MiB\n", text)
 
 
-def test_status_tells_what_does_not_fit_and_init_mends_it(template: Templates) -> None:
-    earlier = template.current
-    template.configure({"hypervisor.qemu": {"default_memory": 300, "kernel_params": "kata.test=1"}})
-    about = template.status()["template"]
-    assert about["state"] == "misfit"
-    assert {each["part"] for each in about["differences"]} == {"memory", "kernel_params", "devices"}
-    text = template.factory("status").stdout
-    assert re.search(r"\n  state +does not fit the configuration, and will be made anew\n", text)
-    assert re.search(r"\n    memory +256M.*\n      expected +300M", text)
-    assert template.current == earlier, "looking changes nothing"
-
-    result = template.factory("init")
-    assert result.returncode == 0
-    line = result.stderr.splitlines()[0]
-    assert line.startswith(f"kata-py: the template in {template.path} does not fit: ")
-    assert "memory: found 256M" in line
-    assert "kata.test=1" in line
-    assert template.current not in ("", earlier)
-    assert template.status()["template"]["state"] == "fits"
-
-
 def test_clones_are_shown_and_outlive_the_template(
     ctr: Ctr, container_id: str, no_template: Templates
 ) -> None:
@@ -315,3 +294,25 @@ def test_without_root(template: Templates) -> None:
                 assert_refused(result, f"factory {action}: found user 65534, expected root")
     finally:
         configuration.unlink()
+
+
+# The last, for it leaves a template that does not fit the others.
+def test_status_tells_what_does_not_fit_and_init_mends_it(template: Templates) -> None:
+    earlier = template.current
+    template.configure({"hypervisor.qemu": {"default_memory": 300, "kernel_params": "kata.test=1"}})
+    about = template.status()["template"]
+    assert about["state"] == "misfit"
+    assert {each["part"] for each in about["differences"]} == {"memory", "kernel_params", "devices"}
+    text = template.factory("status").stdout
+    assert re.search(r"\n  state +does not fit the configuration, and will be made anew\n", text)
+    assert re.search(r"\n    memory +256M.*\n      expected +300M", text)
+    assert template.current == earlier, "looking changes nothing"
+
+    result = template.factory("init")
+    assert result.returncode == 0
+    line = result.stderr.splitlines()[0]
+    assert line.startswith(f"kata-py: the template in {template.path} does not fit: ")
+    assert "memory: found 256M" in line
+    assert "kata.test=1" in line
+    assert template.current not in ("", earlier)
+    assert template.status()["template"]["state"] == "fits"

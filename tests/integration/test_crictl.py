@@ -14,7 +14,7 @@ from pathlib import Path
 
 import host_state
 import pytest
-from cri import POD, CriClient, Crictl, Pod, cgroups
+from cri import POD, CriClient, Crictl, Pod, Result, cgroups
 from harness import TIMEOUT_S, processes_of, wait_for
 from private_cri import KUBERNETES, RUNTIME_HANDLER
 from test_volumes import Kubelet, umount
@@ -22,6 +22,8 @@ from test_volumes import Kubelet, umount
 SLEEP = ("sleep", "100000")
 HOST_TO_CONTAINER = 1
 """CRI's MountPropagation."""
+SIZE = "until stty size 2>/dev/null; do :; done"
+"""In a shell that may already run when its terminal is given a size."""
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def test_exec_passes_stdin_to_its_end(crictl: Crictl, sleeper: str) -> None:
 def test_exec_with_a_terminal(crictl: Crictl, pod: Pod, sleeper: str) -> None:
     with crictl.terminal("exec", "-it", sleeper, "sh", size=(33, 99)) as terminal:
         terminal.expect("# ")
-        terminal.type("stty size; tty; echo $TERM\n")
+        terminal.type(f"{SIZE}; tty; echo $TERM\n")
         terminal.expect("33 99\r\n/dev/pts/")
         terminal.expect("xterm\r\n")
         terminal.type("sleep 5432\n")
@@ -157,7 +159,7 @@ def test_attach_joins_a_running_container(crictl: Crictl, pod: Pod) -> None:
 def test_attach_to_a_container_with_a_terminal(crictl: Crictl, pod: Pod) -> None:
     container = pod.start("terminal", "sh", stdin=True, stdin_once=True, tty=True)
     with crictl.terminal("attach", "-it", container, size=(22, 77)) as terminal:
-        terminal.type("stty size\n")
+        terminal.type(f"{SIZE}\n")
         terminal.expect("22 77")
         terminal.type("exit\n")
         terminal.process.wait(TIMEOUT_S)
@@ -166,8 +168,7 @@ def test_attach_to_a_container_with_a_terminal(crictl: Crictl, pod: Pod) -> None
 
 
 def test_logs_are_kept_by_stream_and_followed(crictl: Crictl, pod: Pod, sleeper: str) -> None:
-    logs = crictl("logs", sleeper)
-    assert (logs.stdout, logs.stderr) == ("out\n", "err\n")
+    wait_for("all its words", lambda: crictl("logs", sleeper) == Result(0, "out\n", "err\n"))
     script = "for n in 1 2 3; do echo line $n; sleep 0.3; done"
     container = pod.start("talker", "sh", "-c", script)
     assert crictl("logs", "--follow", container).stdout == "line 1\nline 2\nline 3\n"
@@ -270,7 +271,8 @@ def test_ten_containers_in_a_pod(crictl: Crictl) -> None:
         ]
         assert len(processes_of(pod.id, "containerd-shim-kata-py-v2")) == 1
         assert len(processes_of(pod.id, "qemu-system")) == 1
-        assert [crictl("logs", each).stdout for each in ids] == [f"{number}\n" for number in range(10)]
+        words = [f"{number}\n" for number in range(10)]
+        wait_for("their words", lambda: [crictl("logs", each).stdout for each in ids] == words)
         assert pod.exec(ids[3], "ps").stdout.count(" ".join(SLEEP)) >= 10
         crictl("stop", ids[0])
         crictl("rm", ids[0])
@@ -311,7 +313,7 @@ def test_where_crictl_cannot_be_had_there_are_its_commands(crictl: Crictl) -> No
         assert "exit code 4" in failed.stderr
         with client.terminal("exec", "-it", container, "sh", size=(33, 99)) as terminal:
             terminal.expect("# ")
-            terminal.type("stty size; exit\n")
+            terminal.type(f"{SIZE}; exit\n")
             terminal.expect("33 99")
             assert terminal.process.wait(TIMEOUT_S) == 0
         logs = client("logs", container)

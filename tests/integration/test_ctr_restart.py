@@ -5,6 +5,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+from conftest import Config
 from harness import TIMEOUT_S, Ctr, processes_of, wait_for
 
 
@@ -53,8 +54,11 @@ def test_an_exit_while_containerd_is_dead_is_seen_afterwards(
         assert "exit code 6" in ctr("tasks", "rm", container_id).stderr
 
 
-def test_nothing_stays_of_a_creation_during_which_containerd_is_killed(ctr: Ctr, container_id: str) -> None:
-    command = ctr.run_command(container_id, "sleep", "1000", options=("-d",))
+def test_nothing_stays_of_a_creation_during_which_containerd_is_killed(
+    ctr: Ctr, container_id: str, config: Config
+) -> None:
+    # A clone might be there too soon.
+    command = ctr.run_command(container_id, "sleep", "1000", options=("-d", *config({})))
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as creating:
         wait_for("its machine", lambda: processes_of(container_id, "qemu-system"))
         pid = ctr.containerd.pid

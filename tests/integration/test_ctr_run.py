@@ -13,8 +13,10 @@ from harness import TIMEOUT_S, Ctr, wait_for
 from private_containerd import RUNTIME, TEST_IMAGE_ARCHIVE
 
 
-def test_a_command_runs_in_a_machine_with_a_kernel_of_its_own(every_ctr: Ctr, container_id: str) -> None:
-    result = every_ctr.run(container_id, "sh", "-c", "uname -r; echo to stderr >&2")
+def test_a_command_runs_in_a_machine_with_a_kernel_of_its_own(
+    every_ctr: Ctr, container_id: str, config: Config
+) -> None:
+    result = every_ctr.run(container_id, "sh", "-c", "uname -r; echo to stderr >&2", options=config({}))
     assert result.stderr == b"to stderr\n"
     assert result.returncode == 0
     assert result.stdout.decode().strip()

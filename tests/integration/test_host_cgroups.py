@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import Config
 from cri import Crictl, Pod
-from harness import Ctr, processes_of, wait_for
+from harness import Ctr, processes_of, remove_cgroups, wait_for
 from host_state import RUN
 from lan import HOST, Namespace, bridge, namespace
 from private_containerd import Containerd
@@ -430,11 +429,4 @@ def test_pods_of_an_engine_that_is_in_a_container_itself(
                 *("engine", "default", "kata_overhead")
             }
     finally:
-        for directory, _, _ in os.walk(container, topdown=False):
-            wait_for("its processes to end", functools.partial(removed, Path(directory)))
-
-
-def removed(cgroup: Path) -> bool:
-    with contextlib.suppress(OSError):
-        cgroup.rmdir()
-    return not cgroup.exists()
+        remove_cgroups(container)

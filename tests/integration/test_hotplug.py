@@ -211,7 +211,7 @@ def test_8_gib_into_a_clone_of_256_mib(template: Template, shared: Path) -> None
 
 
 def test_an_agent_that_does_not_tell_the_total_is_taken_at_its_word(
-    config: VMConfig, shared: Path, monkeypatch: pytest.MonkeyPatch
+    template: Template, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def get_metrics(agent: KataAgent, timeout_s: float) -> str:
         raise UnimplementedError("agent: GetMetrics: not allowed by its policy")
@@ -219,7 +219,7 @@ def test_an_agent_that_does_not_tell_the_total_is_taken_at_its_word(
     monkeypatch.setattr(KataAgent, "get_metrics", get_metrics)
 
     async def body() -> None:
-        async with booted(config, shared) as vm:
+        async with cloned(template, shared) as vm:
             vcpus, memory_mib = await size(vm)
             await grow(vm, 1, 1024)
             assert await size(vm) == (vcpus + 1, memory_mib + 1024)
@@ -233,11 +233,11 @@ def test_virtio_mem_grows_and_shrinks(template: Template, shared: Path) -> None:
             machine = vm.hypervisor
             machine.config = replace(machine.config, enable_virtio_mem=True)
             _, memory_mib = await size(vm)
-            for more in (8 << 10, 10, 502):
+            for more in (2 << 10, 10, 502):
                 await grow(vm, 0, more)
-            assert machine.memory_mib == MEMORY_MIB + 8192 + 12 + 504
-            assert (await size(vm))[1] == memory_mib + 8192 + 12 + 504
-            assert await machine.hotunplug_memory(8192, timeout_s=120) == 8192
+            assert machine.memory_mib == MEMORY_MIB + 2048 + 12 + 504
+            assert (await size(vm))[1] == memory_mib + 2048 + 12 + 504
+            assert await machine.hotunplug_memory(2048, timeout_s=120) == 2048
             assert machine.memory_mib == MEMORY_MIB + 516
             # Whole blocks that go take what the kernel has kept of them along.
             assert (await size(vm))[1] <= memory_mib + 516
@@ -307,9 +307,9 @@ def test_vcpus_above_the_maximum_are_left_out_and_logged(
     ) in caplog.messages
 
 
-def test_what_qemu_refuses_leaves_nothing(config: VMConfig, shared: Path) -> None:
+def test_what_qemu_refuses_leaves_nothing(template: Template, shared: Path) -> None:
     async def body() -> None:
-        async with booted(config, shared) as vm:
+        async with cloned(template, shared) as vm:
             await grow(vm, 0, BLOCK_MIB)
             before, had = await size(vm), await objects(vm)
             taken = {
@@ -332,10 +332,10 @@ def test_what_qemu_refuses_leaves_nothing(config: VMConfig, shared: Path) -> Non
 
 
 def test_vcpus_of_an_emulated_machine_stay_and_that_is_logged(
-    config: VMConfig, shared: Path, caplog: pytest.LogCaptureFixture
+    template: Template, shared: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def body() -> None:
-        async with booted(config, shared) as vm:
+        async with cloned(template, shared) as vm:
             if vm.hypervisor.command_line.accel.first != "tcg":
                 pytest.skip("this machine is not emulated")
             await grow(vm, 2, 0)
@@ -374,9 +374,9 @@ def test_an_emulated_machine_that_has_no_room_for_another_vcpus_code_lives(
     assert any("room for translated code" in message for message in caplog.messages)
 
 
-def test_memory_is_taken_back_as_far_as_the_guest_lets_go_of_it(config: VMConfig, shared: Path) -> None:
+def test_memory_is_taken_back_as_far_as_the_guest_lets_go_of_it(template: Template, shared: Path) -> None:
     async def body() -> None:
-        async with booted(config, shared) as vm:
+        async with cloned(template, shared) as vm:
             vcpus, memory_mib = await size(vm)
             await grow(vm, 0, 512)
             await grow(vm, 0, 1024)
@@ -398,10 +398,10 @@ def test_memory_is_taken_back_as_far_as_the_guest_lets_go_of_it(config: VMConfig
 
 
 def test_a_guest_that_stands_still_costs_a_timeout_and_the_pod_goes_on(
-    config: VMConfig, shared: Path
+    template: Template, shared: Path
 ) -> None:
     async def body() -> None:
-        async with booted(config, shared) as vm:
+        async with cloned(template, shared) as vm:
             await grow(vm, 0, BLOCK_MIB)
             before = await size(vm)
             monitor = vm.hypervisor.monitor
@@ -426,7 +426,7 @@ def test_a_guest_that_stands_still_costs_a_timeout_and_the_pod_goes_on(
 
 
 def test_a_guest_that_leaves_a_block_offline_is_told(
-    config: VMConfig, shared: Path, monkeypatch: pytest.MonkeyPatch
+    template: Template, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Kata's agent may: what the kernel refuses it does not tell."""
 
@@ -438,7 +438,7 @@ def test_a_guest_that_leaves_a_block_offline_is_told(
     monkeypatch.setattr("virtcontainers.online._TAKE_BACK_TIMEOUT_S", 120)
 
     async def body() -> None:
-        async with booted(config, shared) as vm:
+        async with cloned(template, shared) as vm:
             before = await size(vm)
             await vm.add_memory(512)
             expected = rf"its MemTotal is {before[1]} MiB, expected {before[1] + 512} MiB"
@@ -451,10 +451,12 @@ def test_a_guest_that_leaves_a_block_offline_is_told(
     asyncio.run(body())
 
 
-def test_a_machine_that_is_killed_meanwhile_is_told(config: VMConfig, shared: Path) -> None:
+def test_a_machine_that_is_killed_meanwhile_is_told(template: Template, shared: Path) -> None:
     async def body() -> None:
-        async with booted(config, shared) as vm:
+        async with cloned(template, shared) as vm:
             await vm.add_memory(2048)
+            # It would be done too soon otherwise, once in a while.
+            await vm.hypervisor.monitor.execute("stop")
             growth = asyncio.create_task(vm.online_cpu_memory())
             await asyncio.sleep(0.05)
             os.kill(vm.hypervisor.pid, signal.SIGKILL)
@@ -465,9 +467,9 @@ def test_a_machine_that_is_killed_meanwhile_is_told(config: VMConfig, shared: Pa
     asyncio.run(body())
 
 
-def test_a_qemu_that_hangs_costs_a_timeout_and_names_the_command(config: VMConfig, shared: Path) -> None:
+def test_a_qemu_that_hangs_costs_a_timeout_and_names_the_command(template: Template, shared: Path) -> None:
     async def body() -> None:
-        async with booted(config, shared) as vm:
+        async with cloned(template, shared) as vm:
             await grow(vm, 0, BLOCK_MIB)
             os.kill(vm.hypervisor.pid, signal.SIGSTOP)
             try:

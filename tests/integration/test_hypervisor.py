@@ -77,9 +77,12 @@ def changed(config: VMConfig, *, agent: dict[str, Any] | None = None, **hypervis
 
 
 @contextlib.asynccontextmanager
-async def machine(vm_id: str, config: VMConfig, shared: Path | None) -> AsyncIterator[VM]:
+async def machine(
+    vm_id: str, config: VMConfig, shared: Path | None, *, booted: bool = True
+) -> AsyncIterator[VM]:
+    """Not `booted`: as soon as its processes run; the guest has hardly begun."""
     vm = VM.new(vm_id, config, shared_path=shared)
-    await vm.start()
+    await (vm.start() if booted else vm.hypervisor.start_vm(config.agent.dial_timeout_s))
     try:
         yield vm
     finally:
@@ -255,7 +258,7 @@ def test_a_machine_that_was_not_to_be_a_template_is_not_saved(
     vm_id: str, config: VMConfig, shared: Path
 ) -> None:
     async def body() -> None:
-        async with machine(vm_id, config, shared) as vm:
+        async with machine(vm_id, config, shared, booted=False) as vm:
             await vm.pause()
             with pytest.raises(KataError, match="was not booted to be a template"):
                 await vm.save()
@@ -284,7 +287,7 @@ def test_a_broken_device_state_is_an_error_and_nothing_stays(
 
 def test_the_death_of_qemu_is_told(vm_id: str, config: VMConfig, shared: Path) -> None:
     async def body() -> None:
-        async with machine(vm_id, config, shared) as vm:
+        async with machine(vm_id, config, shared, booted=False) as vm:
             watch = asyncio.create_task(vm.hypervisor.wait_dead())
             await asyncio.sleep(0)
             os.kill(vm.hypervisor.pid, signal.SIGKILL)
@@ -298,7 +301,7 @@ def test_the_death_of_virtiofsd_is_told(vm_id: str, config: VMConfig, shared: Pa
     daemon("virtiofsd", *virtiofsd.DAEMONS)
 
     async def body() -> None:
-        async with machine(vm_id, changed(config, shared_fs=SharedFS.VIRTIO_FS), shared) as vm:
+        async with machine(vm_id, changed(config, shared_fs=SharedFS.VIRTIO_FS), shared, booted=False) as vm:
             watch = asyncio.create_task(vm.hypervisor.wait_dead())
             await asyncio.sleep(0)
             qemu_pid, virtiofsd_pid = vm.hypervisor.get_pids()
@@ -314,7 +317,7 @@ def test_a_frozen_qemu_is_a_qmp_timeout_and_can_be_stopped_by_many(
     vm_id: str, config: VMConfig, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body() -> None:
-        async with machine(vm_id, config, shared) as vm:
+        async with machine(vm_id, config, shared, booted=False) as vm:
             os.kill(vm.hypervisor.pid, signal.SIGSTOP)
             monkeypatch.setattr(qmp.QMP.execute, "__kwdefaults__", {"timeout_s": 1.0})
             with pytest.raises(QMPFailed, match="QMP stop: no answer within 1 s"):
@@ -326,7 +329,7 @@ def test_a_frozen_qemu_is_a_qmp_timeout_and_can_be_stopped_by_many(
 
 def test_a_dead_qemu_is_a_qmp_failure(vm_id: str, config: VMConfig, shared: Path) -> None:
     async def body() -> None:
-        async with machine(vm_id, config, shared) as vm:
+        async with machine(vm_id, config, shared, booted=False) as vm:
             os.kill(vm.hypervisor.pid, signal.SIGKILL)
             await vm.hypervisor.wait_dead()
             with pytest.raises(QMPFailed, match="QMP stop: the connection to QEMU ended"):
@@ -344,7 +347,7 @@ async def body():
     vm_id, config, shared = pickle.loads(bytes.fromhex(sys.argv[1]))
     vm = VM.new(vm_id, config, shared_path=shared)
     persisted = vm.hypervisor.save()
-    await vm.start()
+    await vm.hypervisor.start_vm(120)
     print(json.dumps([persisted, vm.hypervisor.get_pids()]), flush=True)
     await asyncio.sleep(600)
 
@@ -356,7 +359,7 @@ asyncio.run(body())
 def owner(
     vm_id: str, config: VMConfig, shared: Path
 ) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any], list[int]]]:
-    """A process that has a machine; gives it with what it persisted and the machine's pids."""
+    """A process that has a machine, whose guest has hardly begun, with what it persisted and the pids."""
     import pickle
 
     argument = pickle.dumps((vm_id, config, shared)).hex()

@@ -113,7 +113,7 @@ def pods(
     before = one.state(), two.state()
     path = tmp_path_factory.mktemp("b") / "configuration.toml"
     hypervisor = {"default_vcpus": 2, "shared_fs": "virtio-9p"}
-    write_kata_config(path, {"hypervisor.qemu": hypervisor, "agent.kata": {"dial_timeout": TIMEOUT_S}})
+    write_kata_config(path, {"hypervisor.qemu": hypervisor})
     booted = ("--runtime-config-path", str(path))
     with (
         ctr.detached(new_id("booted"), *SLEEP, options=(*booted, *one.options)) as first,

@@ -111,7 +111,7 @@ def sandbox_config(
         id=sandbox_id,
         hostname="pod",
         hypervisor=HypervisorConfig(**hypervisor),
-        agent=AgentConfig(),
+        agent=AgentConfig(dial_timeout_s=120),
         factory=FactoryConfig(),
         network=NetworkConfig(),
         container=container_config(directory, sandbox_id, given),

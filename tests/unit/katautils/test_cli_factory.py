@@ -447,7 +447,7 @@ with Progress() as progress:
 
 def test_progress_in_a_pipe_is_a_line_for_each_step() -> None:
     result = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"one \.\.\. \d+\.\d s\ntwo \.\.\. 0\.\d s\nDone\.\n", result.stdout)
+    assert re.fullmatch(r"one \.\.\. \d+\.\d s\ntwo \.\.\. \d+\.\d s\nDone\.\n", result.stdout)
     assert result.stderr == "careful\n"
 
 

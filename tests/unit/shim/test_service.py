@@ -290,14 +290,14 @@ def test_execs_end_before_their_container(tmp_path: Path) -> None:
 
 def test_kill(tmp_path: Path) -> None:
     async def body(shim: Shim) -> None:
-        await shim.run("c1", "sh", "-c", "trap 'exit 42' TERM; while :; do sleep 0.01; done")
+        await shim.run("c1", "sh", "-c", "trap 'exit 42' TERM; echo ready; while :; do sleep 0.01; done")
         await shim.exec("e1", "sleep", "1000")
         await refused(Code.FAILED_PRECONDITION, shim.kill(exec_id="e1"))
         await shim.task.start(api.StartRequest(id="c1", exec_id="e1"))
         await shim.kill(exec_id="e1")
         assert await shim.wait("c1", "e1") == 137
         await refused(Code.FAILED_PRECONDITION, shim.delete())
-        await asyncio.sleep(0.2)  # sh has set its trap
+        await until(lambda: shim.output("c1") == "ready\n")
         await shim.kill(signal.SIGTERM)
         assert await shim.wait() == 42
         assert "process already finished" in await refused(Code.NOT_FOUND, shim.kill())
