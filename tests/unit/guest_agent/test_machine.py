@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from agent_client.protocols import agent_pb2
 from guest.agent import device, linux, storage
+from guest.agent import uevent as uevents
 from guest.agent.boot import kernel_command_line
 from guest.agent.cgroup import Cgroup
 from guest.agent.copy_file import copy_file
@@ -18,8 +21,9 @@ from guest.agent.device import pci_sysfs_path, set_device_numbers
 from guest.agent.hotplug import count_cpus
 from guest.agent.modules import find_module
 from guest.agent.mount import parse_options
+from guest.agent.reaper import Reaper
 from guest.agent.storage import Storages
-from guest.agent.uevent import parse_uevent
+from guest.agent.uevent import DriverLoader, parse_uevent
 from ttrpc import StatusError
 
 
@@ -74,6 +78,48 @@ def test_uevent() -> None:
         "SUBSYSTEM": "virtio",
         "MODALIAS": "virtio:d00000002v00001AF4",
     }
+
+
+def uevent(action: str, kind: str, **values: str) -> bytes:
+    lines = [f"{action}@/devices/x", f"ACTION={action}", f"SUBSYSTEM={kind}"]
+    return "".join(f"{line}\0" for line in (*lines, *(f"{k}={v}" for k, v in values.items()))).encode()
+
+
+def test_a_driver_is_loaded_once_and_not_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, disk = "virtio:d00000001v00001AF4", "virtio:d00000002v00001AF4"
+    asked: list[str] = []
+
+    class Modprobe(Reaper):
+        def spawn(self, path: str, argv: list[str], fds: Sequence[int]) -> asyncio.Future[int]:
+            asked.append(argv[-1])
+            status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            status.set_result(1 if "nosuch" in argv[-1] else 0)
+            return status
+
+    async def body() -> None:
+        kernel, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        ours.setblocking(False)
+        with kernel, ours:
+            loader = DriverLoader(Modprobe())
+            loader._socket.close()
+            loader._socket = ours
+            for modalias in (network, disk, disk, "virtio:nosuch", "virtio:nosuch", "virtio:last"):
+                kernel.send(uevent("add", "virtio", MODALIAS=modalias))
+            kernel.send(uevent("bind", "virtio", MODALIAS="virtio:bound"))
+            kernel.send(uevent("add", "pci", MODALIAS="pci:other"))
+            loader._announced()
+            with pytest.raises(BlockingIOError):
+                ours.recv(1)
+            running = asyncio.create_task(loader.run())
+            while "virtio:last" not in asked:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            running.cancel()
+            asyncio.get_running_loop().remove_reader(ours)
+
+    monkeypatch.setattr(uevents, "_served", {network})
+    monkeypatch.setattr(uevents, "_waiting_devices", lambda: iter(()))
+    asyncio.run(body())
+    assert asked == [disk, "virtio:nosuch", "virtio:nosuch", "virtio:last"]
 
 
 def test_a_pci_path_is_followed_through_its_bridges(tmp_path: Path) -> None:
