@@ -164,6 +164,8 @@ class Container:
         self._poststart = False
         self._poststop = False
         self._lock = asyncio.Lock()
+        self.removal = asyncio.Lock()
+        """For whoever removes all of it: a host that lost patience asks again."""
 
     @property
     def init(self) -> Process:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 
 from agent_client.protocols import types_pb2
 from guest.agent import netlink
-from guest.agent.device import pci_sysfs_path
 from guest.agent.netlink import Address, Link, NetlinkError, Route, Rtnl
 from ttrpc import Code, StatusError
 
@@ -22,6 +21,7 @@ _TIMEOUT_S = 10.0
 _POLL_S = 0.02
 _MAX_NAME_BYTES = 15  # IFNAMSIZ
 _RENAMES = 10
+_SYS_CLASS_NET = "/sys/class/net"
 _IPV6_SETTINGS = "/proc/sys/net/ipv6/conf"
 _IPV6_PRIORITY = 1024  # IP6_RT_PRIO_USER: what the kernel takes for none
 _LINK_LOCAL = "fe80:"
@@ -145,24 +145,22 @@ def describe(message: types_pb2.Route) -> str:
 # Interfaces
 
 
-def _interface_at(pci_path: str) -> str | None:
-    """The name of the interface of this PCI device; None while there is none."""
+def _is_at(name: str, pci_path: str) -> bool:
+    """Whether the interface is of this PCI device, by its link in sysfs, which names every bridge on the way:
+    looking through the device's folders takes an emulated processor long."""
     try:
-        directory = pci_sysfs_path(pci_path)
-        below = [name for name in os.listdir(directory) if name.startswith("virtio")]
-        for place in (f"{directory}/net", *(f"{directory}/{name}/net" for name in below)):
-            with contextlib.suppress(FileNotFoundError):
-                if names := os.listdir(place):
-                    return names[0]
-    except FileNotFoundError:
-        pass
-    return None
+        path = os.readlink(f"{_SYS_CLASS_NET}/{name}")
+    except OSError:
+        return False  # no device's, or renamed meanwhile
+    # "0000:01:03.0" is slot 3, function 0, of bus 1; "pci0000:00" is none.
+    slots = [part.rpartition(":")[-1] for part in path.split("/") if part.count(":") == 2]
+    wanted = [slot.partition(".") for slot in pci_path.split("/")]
+    return slots == [f"{int(slot, 16):02x}.{int(function or '0', 16):x}" for slot, _, function in wanted]
 
 
 def _find(rtnl: Rtnl, interface: types_pb2.Interface) -> Link | None:
     if interface.devicePath:
-        name = _interface_at(interface.devicePath)
-        return next((link for link in rtnl.links() if link.name == name), None) if name else None
+        return next((link for link in rtnl.links() if _is_at(link.name, interface.devicePath)), None)
     address = interface.hwAddr.lower()
     return next((link for link in rtnl.links() if link.address == address), None)
 
@@ -211,11 +209,13 @@ async def update_interface(interface: types_pb2.Interface) -> None:
                 _set(rtnl, link.index, rest=netlink.attribute(netlink.IFLA_ADDRESS, mac))
         if link.name != interface.name:
             _rename(rtnl, link, interface.name)
-        if interface.mtu:
+        # An emulated processor is slow: what is so already is left alone.
+        if interface.mtu not in (0, link.mtu):
             with _naming(f"{what}: MTU {interface.mtu}"):
                 _set(rtnl, link.index, rest=netlink.attribute(netlink.IFLA_MTU, interface.mtu))
         noarp = interface.raw_flags & netlink.IFF_NOARP
-        _set(rtnl, link.index, flags=noarp, change=netlink.IFF_NOARP)
+        if noarp != link.flags & netlink.IFF_NOARP:
+            _set(rtnl, link.index, flags=noarp, change=netlink.IFF_NOARP)
         _set_up_ipv6(interface.name, addresses)
         _set_addresses(rtnl, link.index, addresses, what)
         _set(rtnl, link.index, flags=netlink.IFF_UP, change=netlink.IFF_UP)
@@ -333,9 +333,10 @@ def own_addresses() -> list[str]:
 # Routes and neighbours
 
 
-def update_routes(routes: Iterable[types_pb2.Route]) -> None:
+def update_routes(routes: Iterable[types_pb2.Route]) -> list[types_pb2.Route]:
     """Make these all the routes there are, beside those that the kernel has made itself of addresses and of
-    routers' advertisements. Raises StatusError that names the route; those before it are there then."""
+    routers' advertisements; gives them all. Raises StatusError that names the route; those before it are
+    there then."""
     with _naming("routes"), Rtnl() as rtnl:
         indexes = {link.name: link.index for link in rtnl.links()}
         wanted: dict[Route, str] = {}
@@ -364,6 +365,7 @@ def update_routes(routes: Iterable[types_pb2.Route]) -> None:
                     route.content(netlink.RTPROT_BOOT),
                     netlink.NLM_F_CREATE | netlink.NLM_F_APPEND,
                 )
+        return _routes(rtnl, indexes)
 
 
 def _index(indexes: dict[str, int], name: str, what: str) -> int:
@@ -377,8 +379,11 @@ def _index(indexes: dict[str, int], name: str, what: str) -> int:
 def list_routes() -> list[types_pb2.Route]:
     """All of the main table, the kernel's too."""
     with _naming("routes"), Rtnl() as rtnl:
-        names = {link.index: link.name for link in rtnl.links()}
-        routes = rtnl.routes()
+        return _routes(rtnl, {link.name: link.index for link in rtnl.links()})
+
+
+def _routes(rtnl: Rtnl, indexes: dict[str, int]) -> list[types_pb2.Route]:
+    names = {index: name for name, index in indexes.items()}
     return [
         types_pb2.Route(
             dest=route.destination,
@@ -391,7 +396,7 @@ def list_routes() -> list[types_pb2.Route]:
             mtu=route.mtu,
             priority=route.priority,
         )
-        for _, route in routes
+        for _, route in rtnl.routes()
     ]
 
 

@@ -188,8 +188,7 @@ class AgentService:
     ) -> agent_pb2.Routes:
         from guest.agent import network
 
-        network.update_routes(request.routes.Routes)
-        return agent_pb2.Routes(Routes=network.list_routes())
+        return agent_pb2.Routes(Routes=network.update_routes(request.routes.Routes))
 
     async def list_routes(self, request: agent_pb2.ListRoutesRequest, context: object) -> agent_pb2.Routes:
         from guest.agent import network

@@ -88,7 +88,7 @@ class Sandbox:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pause_pid, signal.SIGKILL)
             self._pause_pid = 0
-        self._storages.release_all()
+        await self._storages.release_all()
         os.sync()
 
     def container(self, container_id: str) -> Container:
@@ -146,7 +146,7 @@ class Sandbox:
                 raise StatusError(Code.INVALID_ARGUMENT, str(error)) from error
             await container.create(prepared)
         except BaseException:
-            self._storages.release(storages, bundle)
+            await self._storages.release(storages, bundle)
             container.remove_files()
             copy_file.remove_copies(container_id)
             raise
@@ -175,15 +175,18 @@ class Sandbox:
             # They come before the container does, which then may not have come.
             copy_file.remove_copies(container_id)
         container = self.container(container_id)
-        await container.stop()
-        self._oom.remove(container_id)
-        self._storages.release(self._container_mounts.pop(container_id, []), container.bundle)
-        container.remove_files()
-        copy_file.remove_copies(container_id)
-        if self._shared_pid_namespace == f"/proc/{container.init.pid}/ns/pid":
-            # It ended with its first process, whose pid may come to mean another.
-            self._shared_pid_namespace = None
-        self.containers.pop(container_id, None)
+        async with container.removal:
+            if self.containers.get(container_id) is not container:
+                return  # another call has removed it
+            await container.stop()
+            self._oom.remove(container_id)
+            if self._shared_pid_namespace == f"/proc/{container.init.pid}/ns/pid":
+                # It ended with its first process, whose pid may come to mean another.
+                self._shared_pid_namespace = None
+            await self._storages.release(self._container_mounts.pop(container_id, []), container.bundle)
+            container.remove_files()
+            copy_file.remove_copies(container_id)
+            del self.containers[container_id]
 
     def _pid_namespace(self) -> str | None:
         """The namespace to join; None when the container about to be made is the one to be joined."""

@@ -45,14 +45,15 @@ HANDLERS = (
 
 
 class _Entry:
-    def __init__(self, *, shared: bool) -> None:
-        self.users = 1
-        self.shared = shared
+    def __init__(self) -> None:
+        self.users = 0
+        self.shared = False
         self.mounted = False
         self.is_disk = False
         """A file system of ours alone, which is to be whole when the host takes the disk out."""
         self.is_ready = False
         self.lock = asyncio.Lock()
+        """Held while it is mounted or unmounted: who comes meanwhile waits, and mounts it anew."""
 
 
 class Storages:
@@ -74,26 +75,25 @@ class Storages:
             for storage in storages:
                 if storage.fstype == "hugetlbfs":
                     self._set_huge_pages_aside(storage, bundle)
-                entry = self._entries.get(storage.mount_point)
-                if entry is None:
-                    self._entries[storage.mount_point] = entry = _Entry(shared=storage.shared)
-                else:
-                    entry.users += 1
+                entry = self._entries.setdefault(storage.mount_point, _Entry())
+                entry.users += 1
                 added.append(storage.mount_point)
                 # Two containers that come at once: the second waits for the first's disk.
                 async with entry.lock:
                     if not entry.is_ready:
+                        entry.shared = storage.shared
                         entry.mounted = entry.mounted or await self._mount(storage, bundle)
                         entry.is_disk = storage.driver in _DISKS and storage.fstype != "bind"
                         if storage.HasField("fs_group"):
-                            _set_ownership(storage)
+                            # Other calls are answered while it looks at every file of a volume.
+                            await asyncio.to_thread(_set_ownership, storage)
                         entry.is_ready = True
         except BaseException:
-            self.release(added, bundle)
+            await self.release(added, bundle)
             raise
         return added
 
-    def release(self, mount_points: Iterable[str], bundle: str | None) -> None:
+    async def release(self, mount_points: Iterable[str], bundle: str | None) -> None:
         """Unmount those nobody else uses, the last first; errors are logged."""
         for size in self._huge_pages.pop(bundle, {}):
             # What a file of the pod is still in stays until it goes.
@@ -102,26 +102,33 @@ class Storages:
         for point in reversed(list(mount_points)):
             entry = self._entries[point]
             entry.users -= 1
-            if entry.users > 0:
+            # Other containers of the pod may come for a shared one; `release_all` ends it.
+            if entry.users > 0 or entry.shared:
                 continue
-            if entry.shared:
-                # Other containers of the pod may come for it; `release_all` ends it.
-                entry.users = 0
-                continue
-            self._unmount(point)
+            async with entry.lock:
+                if entry.users == 0:
+                    await self._unmount(point, entry)
+                self._forget(point, entry)
 
-    def release_all(self) -> None:
-        for point in reversed(list(self._entries)):
-            self._unmount(point)
+    async def release_all(self) -> None:
+        for point, entry in reversed(list(self._entries.items())):
+            async with entry.lock:
+                await self._unmount(point, entry)
+                self._forget(point, entry)
 
-    def _unmount(self, point: str) -> None:
-        entry = self._entries.pop(point)
+    def _forget(self, point: str, entry: _Entry) -> None:
+        """Unless somebody waits to mount it anew, or has done so."""
+        if entry.users == 0 and self._entries.get(point) is entry:
+            del self._entries[point]
+
+    async def _unmount(self, point: str, entry: _Entry) -> None:
+        was_mounted, entry.mounted, entry.is_ready = entry.mounted, False, False
         if self._watcher is not None:
             self._watcher.remove(point)
-        if not entry.mounted:
+        if not was_mounted:
             return
         if entry.is_disk:
-            _finish_writing(point)
+            await _finish_writing(point)
         try:
             linux.umount(point)
         except OSError as error:
@@ -180,8 +187,8 @@ class Storages:
         directory = os.path.dirname(storage.mount_point)
         if directory not in self._entries:
             mount("tmpfs", directory, "tmpfs", ["nosuid", "nodev", "mode=0755"])
-            self._entries[directory] = entry = _Entry(shared=True)
-            entry.mounted = True
+            self._entries[directory] = entry = _Entry()
+            entry.shared = entry.mounted = True
         if not small_enough(storage.source):
             mount(storage.source, storage.mount_point, "bind", [])
             return True
@@ -225,20 +232,22 @@ class Storages:
         return [f"{name}dir={path}" for name, path in directories.items()]
 
 
-def _finish_writing(point: str) -> None:
+async def _finish_writing(point: str) -> None:
     """Have all of a file system on its disk. Unmounting alone does not: containers made meanwhile have a copy
-    of the mount in their namespaces, and those that have ended give theirs back a moment later."""
+    of the mount in their namespaces, and those that have ended give theirs back a moment later.
+
+    In a thread: what is written is as much as the machine's memory holds."""
     deadline = time.monotonic() + _READ_ONLY_TIMEOUT_S
     while True:
         try:
-            linux.mount("none", point, "", linux.MS_REMOUNT | linux.MS_RDONLY)
+            await asyncio.to_thread(linux.mount, "none", point, "", linux.MS_REMOUNT | linux.MS_RDONLY)
             return
         except OSError as error:
             if error.errno != errno.EBUSY or time.monotonic() > deadline:
                 log.warning("%s does not become read-only: %s", point, error.strerror)
-                os.sync()
+                await asyncio.to_thread(os.sync)
                 return
-        time.sleep(_READ_ONLY_POLL_S)
+        await asyncio.sleep(_READ_ONLY_POLL_S)
 
 
 def disks(storages: Iterable[agent_pb2.Storage]) -> list[os.stat_result]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import os
 
 from google.protobuf.message import Message
 
@@ -16,6 +17,9 @@ from guest.agent.sandbox import Sandbox
 from ttrpc import StatusError
 
 log = logging.getLogger(__name__)
+
+_9P_DRIVER = "/sys/bus/virtio/drivers/9pnet_virtio"
+"""There once a machine has such a device."""
 
 
 def warm_up(sandbox: Sandbox, *, is_init: bool) -> None:
@@ -30,38 +34,39 @@ def warm_up(sandbox: Sandbox, *, is_init: bool) -> None:
     except OSError as error:
         log.warning("crun: %s", error)
     if is_init:
+        _prepare_devices()
         _prepare_network()
-        _prepare_disks()
     # Python's collector writes to every object it looks at: clones go on sharing those that are there.
     gc.collect()
     gc.freeze()
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def _prepare_network() -> None:
-    """For the interface that most pods are given: its driver, and what sets it up."""
-    from guest.agent import network
+def _prepare_devices() -> None:
+    """Drivers of what clones are given while their hosts wait: a clone that is given none has them at no
+    cost. And the file system of the share, for which the kernel would call modprobe."""
+    from guest.agent import device, uevent
     from guest.agent.modules import load_module
 
+    for driver in (device.DRIVER_BLK, device.DRIVER_SCSI):
+        device.load_modules(driver)
+    for module in ("virtio_net", "ext4", "9p" if os.path.isdir(_9P_DRIVER) else "virtiofs"):
+        try:
+            load_module(module)
+        except OSError as error:
+            log.warning("module %s: %s", module, error)
+    uevent.has_drivers()
+
+
+def _prepare_network() -> None:
+    """What sets up the interface that most pods are given."""
+    from guest.agent import network
+
     try:
-        load_module("virtio_net")
         network.list_interfaces()
         network.list_routes()
     except (OSError, StatusError) as error:
         log.warning("network: %s", error)
-
-
-def _prepare_disks() -> None:
-    """For a root that is a disk, by either driver: a clone that has none has them at no cost."""
-    from guest.agent import device
-    from guest.agent.modules import load_module
-
-    device.load_modules(device.DRIVER_BLK)
-    device.load_modules(device.DRIVER_SCSI)
-    try:
-        load_module("ext4")
-    except OSError as error:
-        log.warning("ext4: %s", error)
 
 
 def _fill(message: Message) -> None:

@@ -99,7 +99,10 @@ class _Copy:
             if self._place(name, found[name]):
                 self._copied[name] = found[name]
         for name in sorted(gone, reverse=True):
-            _remove(f"{self.target}/{name}")
+            # With a folder that is none any more its files went; what has its name may lead elsewhere.
+            folder = found.get(os.path.dirname(name))
+            if folder is not None and stat.S_ISDIR(folder[0]):
+                _remove(f"{self.target}/{name}")
             del self._copied[name]
         # Only when it is all over: kubelet takes old files away after the link has changed.
         if "..data" in found and not changed and not gone:

@@ -368,6 +368,19 @@ def test_a_killed_container_reports_128_and_the_signal(run: Run) -> None:
     run(body)
 
 
+def test_a_container_may_be_removed_by_two_at_once(run: Run) -> None:
+    """A host that has lost its patience with the first call asks again."""
+
+    async def body(agent: Agent) -> None:
+        container_id = await agent.start(["sleep", "1000"])
+        await asyncio.gather(*(agent.remove(container_id) for _ in range(2)))
+        with pytest.raises(StatusError) as raised:
+            await agent.remove(container_id)
+        assert raised.value.code == Code.NOT_FOUND
+
+    run(body)
+
+
 def test_sigterm_ends_an_init_without_handler_and_runs_the_handler_of_one_that_has_it(run: Run) -> None:
     async def body(agent: Agent) -> None:
         deaf = await agent.start(["sleep", "1000"])

@@ -202,6 +202,13 @@ def test_a_clone_gets_the_interfaces_routes_and_neighbours_it_is_told(template: 
             ]
             assert any("fd88::77" in line and "PERMANENT" in line for line in neighbours)
 
+            # As the host says that they are no more.
+            for gone, device in (("169.254.1.1", "eth0"), ("fd88::77", "eth1")):
+                told = types_pb2.ARPNeighbor(toIPAddress=address(gone), device=device, state=0x20)
+                await agent.add_arp_neighbors([told])
+                lines = [line for line in await guest.words("ip neigh") if gone in line]
+                assert not any("lladdr" in line or "PERMANENT" in line for line in lines)
+
             # Asked again, it is as asked then: nothing of before stays.
             await agent.update_interface(interface("eth1", MAC, "10.88.0.3/24", mtu=1500))
             await agent.update_routes([route(gateway="10.88.0.1", device="eth1")])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from harness import TIMEOUT_S, Ctr, new_id, processes_of, wait_for
-from lan import HOST, HOST6, Namespace, bridge, namespace, seen_in, sh
+from lan import HOST, HOST6, PREFIX, Namespace, bridge, namespace, seen_in, sh
 from private_containerd import write_kata_config
 from templates import KATA_PY, Log, Templates, qemu_arguments, templates
 from test_sandbox import booting, run, sandbox_config, spec
@@ -329,6 +329,11 @@ def test_links_come_go_and_change_while_the_pod_runs(
         net.sh("ip link del net1")
         wait_for("the link's end in the guest", follows)
         wait_for("its TAP's end", lambda: "tap1_kata" not in net.links())
+        neighbor = f"{PREFIX}.250 dev eth0"
+        net.sh(f"ip neigh add {neighbor} lladdr 02:00:00:00:02:50 nud permanent")
+        wait_for("the neighbour in the guest", follows)
+        net.sh(f"ip neigh del {neighbor}")
+        wait_for("the neighbour's end in the guest", follows)
         assert ping(ctr, container_id, HOST)
 
 

@@ -192,6 +192,21 @@ def test_clones_are_no_twins(template: Template, tmp_path: Path, reseeded: bool)
     asyncio.run(body())
 
 
+def test_a_clone_has_the_drivers_of_what_it_may_be_given(template: Template, shared: Path) -> None:
+    """And the share's file system, but not the one of another kind of share."""
+
+    async def body() -> None:
+        get = Factory(template).get_vm
+        async with running(
+            await get(new_id(), template.config, shared_path=shared, on_planned=ignore_plan)
+        ) as vm:
+            modules = (await run_in_guest(vm, "busybox cut -d ' ' -f 1 /proc/modules")).split()
+            assert {"9p", "virtio_net", "virtio_blk", "virtio_scsi", "sd_mod", "ext4"} <= {*modules}
+            assert "virtiofs" not in modules
+
+    asyncio.run(body())
+
+
 def test_a_clone_of_an_old_template_lives_in_the_present(
     config: VMConfig, memory: Path, shared: Path, tmp_path: Path
 ) -> None:
@@ -242,6 +257,7 @@ def test_a_share_that_comes_late_is_waited_for(config: VMConfig, shared: Path, t
                 new_id(), template.config, shared_path=shared, on_planned=ignore_plan
             )
             async with running(vm):
+                assert "virtiofs" in await run_in_guest(vm, "busybox cut -d ' ' -f 1 /proc/modules")
                 await vm.agent.create_sandbox(mount_share(MOUNT_GUEST_TAG, GUEST_SHARED_DIR))
                 copy = agent_pb2.CopyFileRequest(
                     path=GUEST_SHARED_DIR + "from-guest", file_mode=0o100644, dir_mode=0o755

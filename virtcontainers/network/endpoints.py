@@ -6,7 +6,7 @@ Plain data: nothing here touches a namespace.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from virtcontainers.errors import InvalidArgumentError
 _IFF_LOOPBACK = 0x8  # <linux/if.h>
 _IFF_NOARP = 0x80
 _NUD_REACHABLE = 0x02  # <linux/neighbour.h>
+_NUD_FAILED = 0x20
 _NUD_PERMANENT = 0x80
 _RTPROT_KERNEL = 2  # <linux/rtnetlink.h>
 _TUN = 1  # <linux/if_tun.h>, IFF_TUN
@@ -249,6 +250,33 @@ def agent_neighbors(endpoints: Iterable[Endpoint]) -> list[types_pb2.ARPNeighbor
         for endpoint in endpoints
         for each in endpoint.info.neighbors
         if each.lladdr and _is_for_the_guest(each, endpoint.info.routes)
+    ]
+
+
+def static_neighbors(endpoints: Iterable[Endpoint]) -> set[tuple[int, str]]:
+    """Those that somebody has set: the link's index, and the address."""
+    return {
+        (endpoint.info.index, each.address)
+        for endpoint in endpoints
+        for each in endpoint.info.neighbors
+        if each.lladdr and each.state == _NUD_PERMANENT
+    }
+
+
+def agent_gone_neighbors(
+    endpoints: Iterable[Endpoint], gone: Collection[tuple[int, str]]
+) -> list[types_pb2.ARPNeighbor]:
+    """No call removes a neighbour. One that is said to have failed is what the kernel makes of it before it
+    removes it: it asks for the address again."""
+    return [
+        types_pb2.ARPNeighbor(
+            toIPAddress=types_pb2.IPAddress(family=_family(":" in address), address=address),
+            device=endpoint.info.name,
+            state=_NUD_FAILED,
+        )
+        for endpoint in endpoints
+        for index, address in sorted(gone)
+        if index == endpoint.info.index
     ]
 
 

@@ -38,10 +38,12 @@ _IFF_MULTI_QUEUE = 0x0100
 _IFF_TUN_EXCL = 0x8000
 
 # <linux/rtnetlink.h>
-_RTMGRP = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
-"""Links, addresses and routes, of IPv4 and IPv6."""
+_RTMGRP = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400
+"""Links, neighbours, addresses and routes, of IPv4 and IPv6."""
 _RT_TABLE_MAIN = 254
 _RTN_UNICAST = 1
+_RTN_NAMES = {6: "blackhole", 7: "unreachable", 8: "prohibit", 9: "throw"}
+_RTPROT_KERNEL = 2
 _RTNH_F_ONLINK = 4
 
 _INGRESS = 0xFFFF0000
@@ -83,8 +85,8 @@ def _naming(what: str) -> Iterator[None]:
 
 
 def watch() -> Answer:
-    """A socket that has a message whenever links, addresses or routes change from now on, and the names of
-    the links there are. Needs no pyroute2."""
+    """A socket that has a message whenever links, neighbours, addresses or routes change from now on, and the
+    names of the links there are. Needs no pyroute2."""
     with socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
     ) as sock:
@@ -97,13 +99,14 @@ def watch() -> Answer:
 
 
 def scan() -> Answer:
-    """`NetworkInfo.to_json` of every link but the loopback."""
-    ipr = _ipr()
+    """Under "links" `NetworkInfo.to_json` of every one but the loopback; under "lost_routes" what no message
+    of the agent's can say: routes of the main table that are no one link's, as `ip route` has them."""
+    ipr, lost = _ipr(), list[str]()
     with _naming("links of the network namespace"):
         links = {message["index"]: _link(message) for message in ipr.get_links()}
         links = {index: link for index, link in links.items() if link["name"] != "lo"}
         if not links:
-            return [], []
+            return {"links": [], "lost_routes": []}, []
         for message in ipr.get_addr():
             if (link := links.get(message["index"])) is not None:
                 # Of a point-to-point link IFA_ADDRESS is the peer's.
@@ -114,6 +117,8 @@ def scan() -> Answer:
                 link = links.get(message.get_attr("RTA_OIF"))
                 if link is not None and message["type"] == _RTN_UNICAST:
                     link["routes"].append(_route(message))
+                elif message["proto"] != _RTPROT_KERNEL and (text := _lost_route(message, links)):
+                    lost.append(text)
         for message in ipr.get_neighbours():
             if (link := links.get(message["ifindex"])) is not None:
                 link["neighbors"].append(
@@ -124,7 +129,28 @@ def scan() -> Answer:
                         "flags": message["flags"],
                     }
                 )
-    return list(links.values()), []
+    return {"links": list(links.values()), "lost_routes": lost}, []
+
+
+def _lost_route(message: Any, links: Mapping[int, Link]) -> str:
+    """Of one that is by several links or gateways, or by none; "" for others."""
+    destination = message.get_attr("RTA_DST")
+    words = [f"{destination}/{message['dst_len']}" if destination else "default"]
+    if kind := _RTN_NAMES.get(message["type"]):
+        words.insert(0, kind)
+    hops = message.get_attr("RTA_MULTIPATH") or []
+    if not kind and not hops:
+        return ""
+    if priority := message.get_attr("RTA_PRIORITY"):
+        words += ["metric", str(priority)]
+    for hop in hops:
+        via = hop.get_attr("RTA_VIA")
+        gateway = hop.get_attr("RTA_GATEWAY") or (via["addr"] if via else "")
+        words += ["nexthop", *(["via", gateway] if gateway else [])]
+        if (link := links.get(hop["oif"])) is not None:
+            words += ["dev", link["name"]]
+        words += ["weight", str(hop["hops"] + 1)]
+    return " ".join(words)
 
 
 def _link(message: Any) -> dict[str, Any]:

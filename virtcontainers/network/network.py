@@ -22,11 +22,13 @@ from virtcontainers.network.endpoints import (
     Endpoint,
     InterworkingModel,
     NetworkInfo,
+    agent_gone_neighbors,
     agent_interface,
     agent_neighbors,
     agent_routes,
     is_configured,
     new_endpoint,
+    static_neighbors,
 )
 
 log = logging.getLogger(__name__)
@@ -90,6 +92,10 @@ class Network:
         self._watch = -1
         """The socket on which the kernel tells of changes in the namespace."""
         self._taps: set[int] = set()
+        self._lost_routes: frozenset[str] = frozenset()
+        """Of which there was a warning."""
+        self._neighbors: set[tuple[int, str]] = set()
+        """Those that somebody had set, and the guest may have."""
         self._is_stale = False
         """There were changes since the namespace was looked at."""
         self._guest_knows = True
@@ -198,13 +204,29 @@ class Network:
                 names, (self._watch,) = await child.call("watch")
                 if _FALLBACK_LINKS.issuperset(names):
                     return changes
-            found = {info.index: info for info in map(NetworkInfo.from_json, (await child.call("scan"))[0])}
+            scanned, _ = await child.call("scan")
+            self._warn_of(scanned["lost_routes"])
+            found = {info.index: info for info in map(NetworkInfo.from_json, scanned["links"])}
             try:
                 await self._compare(found, changes, child, strict=strict)
             except BaseException:
                 changes.close()
                 raise
         return changes
+
+    def _warn_of(self, lost_routes: Iterable[str]) -> None:
+        """Once for each. A route of the agent's protocol has one link, and one gateway at most; a route for
+        each hop would be something else: the first of them would have all."""
+        found = dict.fromkeys(lost_routes)
+        for route in found:
+            if route not in self._lost_routes:
+                self._log.warning(
+                    "the machine does not get a route of %s: found %s, expected one by one link: Kata's "
+                    "agent is told of no others",
+                    self._where,
+                    route,
+                )
+        self._lost_routes = frozenset(found)
 
     async def _compare(
         self, found: dict[int, NetworkInfo], changes: _Changes, child: NamespaceChild, *, strict: bool
@@ -298,8 +320,12 @@ class Network:
         for endpoint in (*new, *changes.changed):
             await agent.update_interface(agent_interface(endpoint))
         await agent.update_routes(agent_routes(self.endpoints))
-        if neighbors := agent_neighbors((*new, *changes.changed)):
+        static = static_neighbors(self.endpoints)
+        gone = agent_gone_neighbors(self.endpoints, self._neighbors - static)
+        self._neighbors |= static
+        if neighbors := [*gone, *agent_neighbors((*new, *changes.changed))]:
             await agent.add_arp_neighbors(neighbors)
+        self._neighbors = static
         self._guest_knows = True
         for endpoint in new:
             self._log.info("the pod has %s (%s) by %s", endpoint.info.name, endpoint.type, endpoint.tap)
@@ -334,7 +360,7 @@ class Network:
                 if error.errno != errno.ENOBUFS:  # there were more than it can hold
                     return
             else:
-                self._is_stale = self._is_stale or events.matter(data, self._taps)
+                self._is_stale = self._is_stale or events.matter(data, self._taps, self._neighbors)
 
     def _on_time(self) -> None:
         self._timer = None

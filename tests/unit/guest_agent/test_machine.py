@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from agent_client.protocols import agent_pb2
-from guest.agent import device, linux
+from guest.agent import device, linux, storage
+from guest.agent import uevent as uevents
 from guest.agent.boot import kernel_command_line
 from guest.agent.cgroup import Cgroup
 from guest.agent.copy_file import copy_file
@@ -17,8 +21,9 @@ from guest.agent.device import pci_sysfs_path, set_device_numbers
 from guest.agent.hotplug import count_cpus
 from guest.agent.modules import find_module
 from guest.agent.mount import parse_options
+from guest.agent.reaper import Reaper
 from guest.agent.storage import Storages
-from guest.agent.uevent import parse_uevent
+from guest.agent.uevent import DriverLoader, parse_uevent
 from ttrpc import StatusError
 
 
@@ -73,6 +78,48 @@ def test_uevent() -> None:
         "SUBSYSTEM": "virtio",
         "MODALIAS": "virtio:d00000002v00001AF4",
     }
+
+
+def uevent(action: str, kind: str, **values: str) -> bytes:
+    lines = [f"{action}@/devices/x", f"ACTION={action}", f"SUBSYSTEM={kind}"]
+    return "".join(f"{line}\0" for line in (*lines, *(f"{k}={v}" for k, v in values.items()))).encode()
+
+
+def test_a_driver_is_loaded_once_and_not_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, disk = "virtio:d00000001v00001AF4", "virtio:d00000002v00001AF4"
+    asked: list[str] = []
+
+    class Modprobe(Reaper):
+        def spawn(self, path: str, argv: list[str], fds: Sequence[int]) -> asyncio.Future[int]:
+            asked.append(argv[-1])
+            status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            status.set_result(1 if "nosuch" in argv[-1] else 0)
+            return status
+
+    async def body() -> None:
+        kernel, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        ours.setblocking(False)
+        with kernel, ours:
+            loader = DriverLoader(Modprobe())
+            loader._socket.close()
+            loader._socket = ours
+            for modalias in (network, disk, disk, "virtio:nosuch", "virtio:nosuch", "virtio:last"):
+                kernel.send(uevent("add", "virtio", MODALIAS=modalias))
+            kernel.send(uevent("bind", "virtio", MODALIAS="virtio:bound"))
+            kernel.send(uevent("add", "pci", MODALIAS="pci:other"))
+            loader._announced()
+            with pytest.raises(BlockingIOError):
+                ours.recv(1)
+            running = asyncio.create_task(loader.run())
+            while "virtio:last" not in asked:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            running.cancel()
+            asyncio.get_running_loop().remove_reader(ours)
+
+    monkeypatch.setattr(uevents, "_served", {network})
+    monkeypatch.setattr(uevents, "_waiting_devices", lambda: iter(()))
+    asyncio.run(body())
+    assert asked == [disk, "virtio:nosuch", "virtio:nosuch", "virtio:last"]
 
 
 def test_a_pci_path_is_followed_through_its_bridges(tmp_path: Path) -> None:
@@ -143,8 +190,8 @@ def test_a_local_storage_is_made_once_for_all_that_name_it(tmp_path: Path) -> No
         assert await storages.add(wanted, None) == [point]
         assert await storages.add(wanted, None) == [point]
         assert Path(point).stat().st_mode & 0o7777 == 0o750
-        storages.release([point], None)
-        storages.release([point], None)
+        await storages.release([point], None)
+        await storages.release([point], None)
         assert Path(point).is_dir()
 
     asyncio.run(body())
@@ -173,6 +220,83 @@ def test_who_comes_for_a_disk_that_another_waits_for_waits_too_and_tries_when_th
             asked[number].set_result("/nowhere")
             with pytest.raises(StatusError, match="mount /nowhere"):
                 await both[number]
+
+    asyncio.run(body())
+
+
+class Disks:
+    """A kernel's part: what is done to mount points, one after another."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[str] = []
+        self.is_busy = True
+        self.was_asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        async def block_device(driver: str, address: str) -> str:
+            return f"/dev/{address}"
+
+        def mount(source: str, *_: object) -> None:
+            self.done.append(f"mount {source}")
+
+        def remount(*_: object) -> None:
+            loop.call_soon_threadsafe(self.was_asked.set)
+            if self.is_busy:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+            self.done.append("read-only")
+
+        monkeypatch.setattr(device, "block_device", block_device)
+        monkeypatch.setattr(storage, "mount", mount)
+        monkeypatch.setattr(storage, "_READ_ONLY_TIMEOUT_S", 120.0)
+        monkeypatch.setattr(linux, "mount", remount)
+        monkeypatch.setattr(linux, "umount", lambda point, flags=0: self.done.append("unmount"))
+
+
+def disk(address: str, point: Path) -> list[agent_pb2.Storage]:
+    return [agent_pb2.Storage(driver="blk", source=address, fstype="ext4", mount_point=str(point))]
+
+
+def test_a_busy_disk_holds_up_nobody_but_who_comes_to_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        disks, storages = Disks(monkeypatch), Storages()
+        point = tmp_path / "disk"
+        points = await storages.add(disk("vda", point), None)
+        leaving = asyncio.create_task(storages.release(points, None))
+        await disks.was_asked.wait()
+        coming = asyncio.create_task(storages.add(disk("vdb", point), None))
+        other = await storages.add(disk("vdc", tmp_path / "other"), None)
+        assert not leaving.done()
+        assert not coming.done()
+        disks.is_busy = False
+        await leaving
+        await coming
+        assert disks.done == ["mount /dev/vda", "mount /dev/vdc", "read-only", "unmount", "mount /dev/vdb"]
+
+        await storages.release(points, None)
+        await storages.release(other, None)
+        assert disks.done[5:] == ["read-only", "unmount"] * 2
+        await storages.add(disk("vda", point), None)
+        assert disks.done[9:] == ["mount /dev/vda"], "nothing is remembered of those before"
+
+    asyncio.run(body())
+
+
+def test_the_end_of_the_sandbox_waits_for_a_disk_that_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        disks, storages = Disks(monkeypatch), Storages()
+        points = await storages.add(disk("vda", tmp_path / "disk"), None)
+        leaving = asyncio.create_task(storages.release(points, None))
+        await disks.was_asked.wait()
+        ending = asyncio.create_task(storages.release_all())
+        await asyncio.sleep(0)
+        assert not ending.done()
+        disks.is_busy = False
+        await asyncio.gather(leaving, ending)
+        assert disks.done == ["mount /dev/vda", "read-only", "unmount"]
 
     asyncio.run(body())
 

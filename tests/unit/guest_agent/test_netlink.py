@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 
 from agent_client.protocols import types_pb2
-from guest.agent import netlink
+from guest.agent import netlink, network
 from guest.agent.netlink import Address, Link, Route, attribute, attributes, messages
 from guest.agent.network import add_arp_neighbors, describe, route_of, update_routes
 from ttrpc import Code, StatusError
@@ -97,6 +98,28 @@ def test_routes_are_told_to_the_kernel_as_it_tells_them(
     assert route_of(message, 2) == route
     assert Route.parse(route.content(netlink.RTPROT_BOOT)) == (netlink.RTPROT_BOOT, route)
     assert describe(message) == sentence
+
+
+def test_an_interface_is_found_behind_all_of_its_bridges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "_SYS_CLASS_NET", str(tmp_path))
+    places = {
+        "eth0": "pci0000:00/0000:00:02.0/0000:01:1f.0/virtio3/net/eth0",
+        "eth1": "pci0000:00/0000:00:1f.0/virtio4/net/eth1",
+        "eth2": "pci0000:00/0000:00:02.0/0000:01:03.1/virtio5/net/eth2",
+        "lo": "virtual/net/lo",
+    }
+    for name, place in places.items():
+        (tmp_path / name).symlink_to(f"../../devices/{place}")
+
+    def found(pci_path: str) -> list[str]:
+        return [name for name in (*places, "gone") if network._is_at(name, pci_path)]
+
+    assert found("02/1f") == ["eth0"]
+    assert found("1f") == found("1F.0") == ["eth1"]
+    assert found("02/3.1") == ["eth2"]
+    assert found("02") == found("02/03") == found("03/1f") == []
 
 
 def test_a_route_in_bytes() -> None:

@@ -105,6 +105,27 @@ def test_files_without_kubelets_links_are_followed_too(tmp_path: Path) -> None:
     watching(volume, copy, body)
 
 
+def test_a_folder_may_become_a_file_and_a_link_to_another_folder(tmp_path: Path) -> None:
+    volume, copy = tmp_path / "volume", tmp_path / "copy"
+    for name in ("one", "two", "kept"):
+        (volume / name).mkdir(parents=True)
+        (volume / name / "file").write_text(name)
+
+    async def body() -> None:
+        for name in ("one", "two"):
+            (volume / name / "file").unlink()
+            (volume / name).rmdir()
+        (volume / "one").write_text("a file now")
+        (volume / "two").symlink_to("kept")
+        await until(lambda: (copy / "one").is_file() and (copy / "two").is_symlink())
+        (volume / "last").touch()
+        await until((copy / "last").exists)
+        assert (copy / "one").read_text() == "a file now"
+        assert (copy / "two/file").read_text() == "kept"
+
+    watching(volume, copy, body)
+
+
 def test_what_is_too_much_is_not_copied_and_what_becomes_it_stays_as_it_was(tmp_path: Path) -> None:
     volume, copy = tmp_path / "volume", tmp_path / "copy"
     volume.mkdir()

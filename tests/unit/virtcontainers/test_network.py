@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/dev/net/tun").exists(), reason="needs root and /dev/net/tun"
 )
 TIMEOUT_S = 120
+FAILED, PERMANENT = 0x20, 0x80
 
 
 class Namespace:
@@ -65,6 +66,8 @@ class Machine:
         self.taps: dict[str, list[int]] = {}
         self.interfaces: dict[str, types_pb2.Interface] = {}
         self.routes: list[types_pb2.Route] = []
+        self.neighbors: dict[str, tuple[str, int]] = {}
+        """Address -> MAC address and state."""
         self.refuses_cards = self.keeps_cards = False
         self.refused = 0
 
@@ -91,7 +94,7 @@ class Machine:
         self.routes = routes
 
     async def add_arp_neighbors(self, neighbors: list[types_pb2.ARPNeighbor]) -> None:
-        pass
+        self.neighbors |= {each.toIPAddress.address: (each.lladdr, each.state) for each in neighbors}
 
     def end(self) -> None:
         for tap in list(self.taps):
@@ -236,6 +239,82 @@ def test_gateways_of_the_other_family_are_gateways(namespace: Namespace) -> None
         machine.end()
         await network.delete()
         assert machine.routes == [types_pb2.Route(dest="10.9.0.0/16", gateway="fe80::1", device="eth0")]
+
+    asyncio.run(body())
+
+
+def test_neighbours_alone_come_and_go(namespace: Namespace) -> None:
+    async def body() -> None:
+        machine = Machine()
+        add_link(namespace, "eth0", "10.0.0.2/24")
+        namespace.sh("""
+            ip neigh add 10.0.0.7 lladdr 02:00:00:00:00:07 dev eth0 nud permanent
+            ip -6 neigh add fd00::7 lladdr 02:00:00:00:00:77 dev eth0 nud permanent
+        """)
+        network = await attached(namespace, machine)
+        there, there6 = ("02:00:00:00:00:07", PERMANENT), ("02:00:00:00:00:77", PERMANENT)
+        assert machine.neighbors == {"10.0.0.7": there, "fd00::7": there6}
+        namespace.sh("""
+            ip neigh del 10.0.0.7 dev eth0
+            ip neigh add 10.0.0.8 lladdr 02:00:00:00:00:08 dev eth0 nud permanent
+        """)
+        async with asyncio.timeout(TIMEOUT_S):
+            while "10.0.0.8" not in machine.neighbors:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert machine.neighbors == {
+            "10.0.0.7": ("", FAILED),
+            "10.0.0.8": ("02:00:00:00:00:08", PERMANENT),
+            "fd00::7": there6,
+        }
+        namespace.sh("ip -6 neigh del fd00::7 dev eth0")
+        async with asyncio.timeout(TIMEOUT_S):
+            while machine.neighbors["fd00::7"] == there6:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert machine.neighbors["fd00::7"] == ("", FAILED)
+        machine.neighbors = {}
+        add_link(namespace, "net1", "10.1.0.2/24")
+        await network.settle()
+        assert set(machine.interfaces) == {"eth0", "net1"}
+        assert [each for each, (_, state) in machine.neighbors.items() if state == FAILED] == []
+        machine.end()
+        await network.delete()
+
+    asyncio.run(body())
+
+
+def test_routes_that_are_no_links_are_told_once(
+    namespace: Namespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings() -> list[str]:
+        return [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+
+    async def body() -> None:
+        machine = Machine()
+        add_link(namespace, "eth0", "10.0.0.2/24")
+        add_link(namespace, "net1", "10.1.0.2/24")
+        namespace.sh("""
+            ip route add 10.9.0.0/16 via 10.0.0.1
+            ip route add default metric 7 nexthop via 10.0.0.1 weight 2 nexthop via 10.1.0.1
+            ip route add blackhole 10.8.0.0/16
+        """)
+        network = await attached(namespace, machine)
+        assert [(route.dest, route.gateway) for route in machine.routes] == [("10.9.0.0/16", "10.0.0.1")]
+        multipath, blackhole = warnings()
+        where = f"the machine does not get a route of network namespace {namespace.path}: found"
+        hops = "nexthop via 10.0.0.1 dev eth0 weight 2 nexthop via 10.1.0.1 dev net1 weight 1"
+        assert multipath.startswith(f"{where} default metric 7 {hops}, expected one by one link")
+        assert blackhole.startswith(f"{where} blackhole 10.8.0.0/16, expected")
+        namespace.sh("""
+            ip addr add 10.2.0.2/24 dev net1
+            ip -6 addr add fd00:1::2/64 dev eth0 nodad
+            ip -6 route add fd00:9::/64 nexthop via fd00:1::8 nexthop via fd00:1::9
+        """)
+        await network.settle()
+        hops = "nexthop via fd00:1::8 dev eth0 weight 1 nexthop via fd00:1::9 dev eth0 weight 1"
+        assert len(warnings()) == 3
+        assert f"found fd00:9::/64 metric 1024 {hops}, expected" in warnings()[-1]
+        machine.end()
+        await network.delete()
 
     asyncio.run(body())
 

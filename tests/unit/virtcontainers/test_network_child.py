@@ -75,8 +75,8 @@ def test_descriptors_and_errors_come_over_and_nothing_stays() -> None:
                 with pytest.raises(KataError, match="interface no-such: MTU 1500"):
                     await child.call("set_mtu", name="no-such", mtu=1500)
                 # It goes on after an error.
-                links, fds = await child.call("scan")
-                assert {"lo"} | {link["name"] for link in links} == set(names)
+                found, fds = await child.call("scan")
+                assert {"lo"} | {link["name"] for link in found["links"]} == set(names)
                 assert fds == []
         finally:
             os.close(namespace)
