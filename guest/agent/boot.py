@@ -26,6 +26,7 @@ _MOUNTS = (
     ("tmpfs", "/tmp", "tmpfs", ("nosuid", "nodev", "mode=1777")),
     ("cgroup2", "/sys/fs/cgroup", "cgroup2", ("nosuid", "nodev", "noexec", "relatime", "nsdelegate")),
 )
+_LIMITED_CGROUP = "/sys/fs/cgroup/limited"
 _LINKS = (
     ("/proc/self/fd", "/dev/fd"),
     ("/proc/self/fd/0", "/dev/stdin"),
@@ -46,6 +47,7 @@ def boot() -> None:
             # An image may have mounted it before.
             if error.errno != errno.EBUSY:
                 log.error("mount %s: %s", target, error.strerror)
+    _limit_nobody()
     _open_standard_streams()
     for target, path in _LINKS:
         with contextlib.suppress(FileExistsError):
@@ -55,6 +57,20 @@ def boot() -> None:
         _set_up("lo")
     except OSError as error:
         log.error("loopback: %s", error.strerror)
+
+
+def _limit_nobody() -> None:
+    """Give a cgroup that stays empty a CPU limit: with the first one Linux patches limits into its scheduler,
+    and on more than one vCPU, as when the first container is limited, QEMU 7.2 can hang an emulated machine
+    that patches what others execute (once in some 5000 times)."""
+    try:
+        with open(f"{os.path.dirname(_LIMITED_CGROUP)}/cgroup.subtree_control", "w") as file:
+            file.write("+cpu")
+        os.mkdir(_LIMITED_CGROUP)
+        with open(f"{_LIMITED_CGROUP}/cpu.max", "w") as file:
+            file.write("100000 100000")
+    except OSError as error:
+        log.warning("cgroup %s: %s", _LIMITED_CGROUP, error.strerror)
 
 
 def _open_standard_streams() -> None:

@@ -31,6 +31,7 @@ async def run_in_guest(vm: VM, command: str) -> str:
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
             {"destination": "/dev", "type": "devtmpfs", "source": "dev"},
+            {"destination": "/sys", "type": "bind", "source": "/sys", "options": ["rbind"]},
         ],
         "linux": {"namespaces": [{"type": "mount"}]},
     }

@@ -175,8 +175,10 @@ def test_the_machine_is_as_large_as_configured(vm_id: str, config: VMConfig, sha
             tasks = Path(f"/proc/{vm.hypervisor.pid}/task")
             names = [(tasks / str(thread) / "comm").read_text() for thread in threads.values()]
             assert all(name.startswith("CPU ") for name in names)
-            # Though it has booted on one of them.
-            assert await run_in_guest(vm, "busybox grep -c ^processor /proc/cpuinfo") == "2\n"
+            # Though it has booted on one of them, and with what its scheduler needs for CPU limits.
+            asked = "cat cpu/online; cd /sys/fs/cgroup/limited; cat cpu.max cgroup.procs"
+            seen = await run_in_guest(vm, f"cd /sys/devices/system; {asked}")
+            assert seen.splitlines() == ["0-1", "100000 100000"]
             assert vm.hypervisor.get_pids() == [vm.hypervisor.pid]
 
     asyncio.run(body())
