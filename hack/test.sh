@@ -32,9 +32,8 @@ check "types" "$bin/mypy"
 check "types of the tests' harness" env MYPYPATH=hack:tests/integration "$bin/mypy" --explicit-package-bases hack tests/integration
 check "imports point one way" "$bin/lint-imports"
 check "generated code is up to date" hack/generate-protos --check
-# A file's tests together, those of most tests first, each worker with a host of its own to look at. Three of them for
-# two CPUs: what one waits for, a timeout or a second ping, is the others' time.
+# Two at a time, a file's tests together, each worker with a host of its own to look at.
 check "tests" "$bin/python" -m pytest --durations=10 -p no:cacheprovider --dist loadfile \
-    --tx "3*popen//python=hack/isolated-python" tests/unit tests/integration "$@"
+    --tx "2*popen//python=hack/isolated-python" tests/unit tests/integration "$@"
 
 [ "${#failed[@]}" = 0 ] || die "failed: $(printf '%s; ' "${failed[@]}")"

@@ -281,7 +281,7 @@ class Pod:
         try:
             with persist.management_address(sandbox.id) as address:
                 listener.bind(address)
-            self._management = await asyncio.start_unix_server(serve, sock=listener)
+            self._management = await asyncio.start_server(serve, sock=listener)
         except OSError as error:
             listener.close()
             path = persist.management_socket(sandbox.id)

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from agent_client.client import AgentClient
+from agent_client.client import CHECK_TIMEOUT_S, AgentClient
 from agent_client.protocols import agent_pb2, csi_pb2, health_pb2, oci_json, types_pb2
 from ttrpc import Code, ConnectionClosed, StatusError, TtrpcError
 from virtcontainers import errors
@@ -80,9 +80,9 @@ class KataAgent:
         """Whether `client.forward` connects into the machine: a feature of our agent."""
         return "port-forward" in self.details.agent_details.extra_features
 
-    async def check(self) -> None:
+    async def check(self, timeout_s: float = CHECK_TIMEOUT_S) -> None:
         with translated("Check"):
-            await self.client.check(health_pb2.CheckRequest())
+            await self.client.check(health_pb2.CheckRequest(), timeout_s=timeout_s)
 
     async def get_guest_details(self) -> None:
         """Fill `details`: the memory block size, and what the agent can do."""

@@ -58,7 +58,6 @@ def sandbox_rules(
     *,
     sandbox_cgroup_only: bool,
     debug: bool,
-    macvtap: bool = False,
     others: Iterable[Path],
 ) -> list[DeviceRule]:
     """What the pod's spec says (its linux.resources.devices), and then what a machine needs; `others` are
@@ -67,8 +66,8 @@ def sandbox_rules(
     rules += [DeviceRule(True, text) for text in _ALWAYS]
     if sandbox_cgroup_only:
         rules += [DeviceRule(True, text) for text in (*_OF_THE_SHIM, *([_PTMX] if debug else []))]
-    if macvtap:
-        rules += _of_driver("macvtap")
+    # CNI makes some, whatever our own model is.
+    rules += _of_driver("macvtap")
     return rules + device_rules([*map(Path, _BY_NAME), *others])
 
 
@@ -135,8 +134,8 @@ class DevicesController:
             return
         devices = {rule.device for rule in rules}
         before = [rule for line in lines if (rule := DeviceRule(True, line)).device in devices]
-        self.update(rules)
         try:
+            self.update(rules)
             yield
         finally:
             self.update([*(DeviceRule(False, rule.text) for rule in rules), *before])

@@ -107,7 +107,9 @@ class DeviceFilter:
     def __init__(self, cgroup: Path) -> None:
         self._cgroup = cgroup
         self._rules = _Rules()
-        self._program = -1
+        self._attached: list[int] = []
+        """The programs that are asked, more than one only while they are exchanged."""
+        self._loaded: _Rules | None = None
         self._is_refused = False
 
     def update(self, rules: Iterable[DeviceRule]) -> None:
@@ -119,14 +121,16 @@ class DeviceFilter:
     def allowed(self, rules: Iterable[DeviceRule]) -> Iterator[None]:
         """`update`, and then all is as it was."""
         before = self._rules
-        self._set(before.after(rules))
         try:
+            self._set(before.after(rules))
             yield
         finally:
             self._set(before)
 
     def _set(self, rules: _Rules) -> None:
-        if self._is_refused or (self._program >= 0 and rules == self._rules):
+        # What fails here is made good by the next who gets here.
+        self._rules = rules
+        if self._is_refused or (rules == self._loaded and len(self._attached) == 1):
             return
         try:
             directory = os.open(self._cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -135,7 +139,7 @@ class DeviceFilter:
         except OSError as error:
             raise KataError(f"cgroup {self._cgroup}: {error.strerror}") from error
         except BPFError as error:
-            if self._program >= 0 or error.errno not in _REFUSALS or error.verifier_log:
+            if self._attached or error.errno not in _REFUSALS or error.verifier_log:
                 raise KataError(f"cgroup {self._cgroup}: its devices are not filtered: {error}") from error
             log.warning("cgroup %s may open all of the host's devices: %s", self._cgroup, error)
             self._is_refused = True
@@ -149,13 +153,14 @@ class DeviceFilter:
             arguments = directory, program, _BPF_CGROUP_DEVICE, _BPF_F_ALLOW_MULTI
             bpf.syscall(Command.BPF_PROG_ATTACH, "=4I", *arguments)
             undo.pop_all()
-        before, self._program, self._rules = self._program, program, rules
-        if before >= 0:
-            with bpf.closing(before):
-                bpf.syscall(Command.BPF_PROG_DETACH, "=4I", directory, before, _BPF_CGROUP_DEVICE, 0)
+        self._attached.append(program)
+        self._loaded = rules
+        while len(self._attached) > 1:
+            before = self._attached[0]
+            bpf.syscall(Command.BPF_PROG_DETACH, "=4I", directory, before, _BPF_CGROUP_DEVICE, 0)
+            os.close(self._attached.pop(0))
 
     def close(self) -> None:
         """Let go of it; it is not taken away. Idempotent."""
-        if self._program >= 0:
-            os.close(self._program)
-            self._program = -1
+        while self._attached:
+            os.close(self._attached.pop())

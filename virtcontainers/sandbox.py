@@ -50,8 +50,8 @@ _FACTORYS = re.compile(r"template|(?:template|cache)-[0-9a-f]{12}")
 """In the folder of the pods' machines these are the factory's: its template, and its own machines."""
 
 _RESOLV_CONF_LIMIT_BYTES = 64 << 10
-_STOP_TIMEOUT_S = 30.0
-"""For all that a guest does in the end; one that answers no more would be waited for at every step."""
+_KILL_TIMEOUT_S = 10.0
+_CHECK_TIMEOUT_S = 5.0
 _DESTROY_TIMEOUT_S = 10.0
 _DEATH_TIMEOUT_S = 3.0
 _UNPLUG_TIMEOUT_S = 5.0
@@ -73,7 +73,7 @@ async def create_sandbox(config: SandboxConfig, factory: Factory, *, prestart: H
     if persist.sandbox_dir(config.id).exists():
         raise AlreadyExistsError(f"sandbox {config.id} exists already: {persist.sandbox_dir(config.id)}")
     sandbox = Sandbox(config, factory)
-    sandbox._first.disks.require_root()
+    sandbox._first_container.disks.require_root()
     try:
         await sandbox._start(prestart)
     except BaseException:
@@ -128,16 +128,19 @@ class Sandbox:
         self._resizing = asyncio.Lock()
         self._shared = asyncio.Event()
         """Set when the share is there for containers to be added."""
-        self._first = Container(self, config.container)
+        self._first_container = Container(self, config.container)
 
     def _devices_allowed(self, paths: Iterable[Path]) -> contextlib.AbstractContextManager[None]:
         """For this process to open: QEMU opens no disk itself."""
+        if self._cgroups.overhead is not None:
+            return contextlib.nullcontext()  # this process is not in the filtered cgroup
         return self._cgroups.sandbox.devices_allowed(device_rules(paths))
 
     @property
     def local_dir(self) -> str:
         """In the guest, on the disk of the first container's root, as in Kata: volumes of the pod's own."""
-        return f"{self._first.disks.root or f'{GUEST_SHARED_DIR}{self._first.id}/rootfs'}/{LOCAL}"
+        first = self._first_container
+        return f"{first.disks.root or f'{GUEST_SHARED_DIR}{first.id}/rootfs'}/{LOCAL}"
 
     @property
     def hypervisor(self) -> Hypervisor:
@@ -159,7 +162,7 @@ class Sandbox:
     async def _start(self, prestart: Hook | None) -> None:
         config = self.config
         _check_id("container", config.container.id)
-        container = self._first
+        container = self._first_container
         self.containers[container.id] = container
         self._state.cgroups = self._cgroups.paths
         self.save()
@@ -168,7 +171,6 @@ class Sandbox:
                 container.resources.get("devices") or [],
                 sandbox_cgroup_only=config.sandbox_cgroup_only,
                 debug=config.hypervisor.enable_debug,
-                macvtap=config.network.interworking_model == "macvtap",
                 others=[Path(config.hypervisor.entropy_source)],
             )
         )
@@ -424,7 +426,7 @@ class Sandbox:
         try:
             await asyncio.wait({self._machine_watch, silence}, return_when=asyncio.FIRST_COMPLETED)
             if not await self._find_death():
-                await self._bury(await silence)
+                await self._set_dead(await silence)
         finally:
             silence.cancel()
         await self._stop_forwarding()
@@ -433,7 +435,7 @@ class Sandbox:
 
     async def _watch_machine(self) -> None:
         """Whoever waits for a guest that has lost its virtiofsd would else wait until a timeout."""
-        await self._bury(await self.hypervisor.wait_dead())
+        await self._set_dead(await self.hypervisor.wait_dead())
 
     async def _find_death(self) -> str:
         """Why it is dead; "" while it lives. The end of a connection is seen before the death that caused
@@ -442,7 +444,9 @@ class Sandbox:
             await asyncio.wait({self._machine_watch}, timeout=_DEATH_TIMEOUT_S)
         return self._death
 
-    async def _bury(self, reason: str) -> None:
+    async def _set_dead(self, reason: str) -> None:
+        if self._death:
+            return
         assert self._vm is not None
         self.is_dead, self._death = True, reason
         # Some agents end the machine with the sandbox.
@@ -497,10 +501,9 @@ class Sandbox:
             return
         if not self.is_dead:
             try:
-                async with asyncio.timeout(_STOP_TIMEOUT_S):
-                    await self._end_guest()
-            except TimeoutError:
-                self._log.warning("after %g s the guest has not ended the sandbox", _STOP_TIMEOUT_S)
+                await self._end_guest()
+            except KataError as error:
+                self._log.warning("the guest did not end the sandbox: %s", error)
         self.is_dead = True
         if self._machine_watch is not None:
             self._machine_watch.cancel()
@@ -509,17 +512,21 @@ class Sandbox:
         await self._vm.stop()
 
     async def _end_guest(self) -> None:
-        await asyncio.gather(*(c.stop(force=True) for c in self.containers.values()))
+        """Raises KataError when the guest does not answer, or refuses."""
+        try:
+            async with asyncio.timeout(_KILL_TIMEOUT_S):
+                await asyncio.gather(*(c.stop(force=True) for c in self.containers.values()))
+        except TimeoutError:
+            self._log.warning("not all containers have ended within %g s", _KILL_TIMEOUT_S)
+            # One that answers no more would be waited for at every step.
+            await self.agent.check(_CHECK_TIMEOUT_S)
         for failure in await asyncio.gather(
             *(c.cleanup() for c in self.containers.values()), return_exceptions=True
         ):
             if failure is not None:
                 self._log.warning("of a container something stays: %s", failure)
-        try:
-            # Not a courtesy: it unmounts the share, and with it writes back what the guest has cached.
-            await self.agent.destroy_sandbox(_DESTROY_TIMEOUT_S)
-        except KataError as error:
-            self._log.warning("the guest did not end the sandbox: %s", error)
+        # Not a courtesy: it unmounts the share, and with it writes back what the guest has cached.
+        await self.agent.destroy_sandbox(_DESTROY_TIMEOUT_S)
 
     async def delete(self) -> None:
         """Stop, and take everything off the host; idempotent."""

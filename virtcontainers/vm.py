@@ -16,7 +16,7 @@ from agent_client.client import AgentClient
 from agent_client.transports import AgentDialFailed, AgentDialTimeout
 from virtcontainers.agent import KataAgent
 from virtcontainers.config import RUN_VC, AgentConfig, HypervisorConfig
-from virtcontainers.errors import KataError
+from virtcontainers.errors import KataError, UnavailableError
 from virtcontainers.hypervisor.base import BootTimeout, HypervisorError, VMState
 from virtcontainers.hypervisor.qemu import Qemu
 from virtcontainers.online import ONLINE_TIMEOUT_S, Online
@@ -94,7 +94,7 @@ class VM:
         A clone (`boot_from_template`) comes up paused: its agent is for `resume` and `connect`.
 
         Raises BootTimeout, with the end of the guest's console, when it does not; HypervisorError when
-        QEMU or a daemon dies before; as `KataAgent.online_cpu_mem`. Nothing is left then.
+        QEMU or a daemon dies before; UnavailableError. Nothing is left then.
         """
         timeout_s = self.config.agent.dial_timeout_s if timeout_s is None else timeout_s
         deadline = asyncio.get_running_loop().time() + timeout_s
@@ -103,13 +103,21 @@ class VM:
             return
         try:
             await self.connect(max(0.0, deadline - asyncio.get_running_loop().time()))
-            if self.hypervisor.boots_on_one_vcpu:
-                await KataAgent(self.agent).online_cpu_mem(
-                    self.config.hypervisor.default_vcpus, cpu_only=True, timeout_s=ONLINE_TIMEOUT_S
-                )
+            if self.hypervisor.command_line.boots_on_one_vcpu:
+                await self._bring_up_vcpus()
         except BaseException:
             await asyncio.shield(self.stop())
             raise
+
+    async def _bring_up_vcpus(self) -> None:
+        try:
+            await KataAgent(self.agent).online_cpu_mem(
+                self.config.hypervisor.default_vcpus, cpu_only=True, timeout_s=ONLINE_TIMEOUT_S
+            )
+        except UnavailableError:
+            raise
+        except KataError as error:
+            self._log.warning("the guest uses one vCPU: %s", error)
 
     async def connect(self, timeout_s: float) -> None:
         """Reach the agent, while watching that there still is a machine to answer. Raises as `start`."""

@@ -60,12 +60,15 @@ def boot() -> None:
 
 
 def _limit_nobody() -> None:
-    """Give a cgroup that stays empty a CPU limit: with the first one Linux patches limits into its scheduler,
-    and on more than one vCPU, as when the first container is limited, QEMU 7.2 can hang an emulated machine
-    that patches what others execute (once in some 5000 times)."""
+    """Make a cgroup that stays empty, with a CPU limit: with the first of each Linux patches its scheduler
+    and its allocator. On more than one vCPU, as when it is the first container's, QEMU 7.2 can hang an
+    emulated machine that patches what others execute (once in some 5000 times)."""
+    root = os.path.dirname(_LIMITED_CGROUP)
     try:
-        with open(f"{os.path.dirname(_LIMITED_CGROUP)}/cgroup.subtree_control", "w") as file:
-            file.write("+cpu")
+        with open(f"{root}/cgroup.controllers") as file:
+            controllers = [f"+{name}" for name in file.read().split()]
+        with open(f"{root}/cgroup.subtree_control", "w") as file:
+            file.write(" ".join(controllers))
         os.mkdir(_LIMITED_CGROUP)
         with open(f"{_LIMITED_CGROUP}/cpu.max", "w") as file:
             file.write("100000 100000")

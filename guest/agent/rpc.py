@@ -235,7 +235,7 @@ class AgentService:
         except TimeoutError:
             raise StatusError(
                 Code.DEADLINE_EXCEEDED,
-                f"container {request.container_id} still has processes after {request.timeout} s",
+                f"container {request.container_id} is not removed after {request.timeout} s",
             ) from None
         return Empty()
 

@@ -89,7 +89,7 @@ class Sandbox:
                 os.kill(self._pause_pid, signal.SIGKILL)
             self._pause_pid = 0
         await self._storages.release_all()
-        os.sync()
+        await asyncio.to_thread(os.sync)
 
     def container(self, container_id: str) -> Container:
         """Raises StatusError (NOT_FOUND)."""
@@ -183,7 +183,8 @@ class Sandbox:
             if self._shared_pid_namespace == f"/proc/{container.init.pid}/ns/pid":
                 # It ended with its first process, whose pid may come to mean another.
                 self._shared_pid_namespace = None
-            await self._storages.release(self._container_mounts.pop(container_id, []), container.bundle)
+            await self._storages.release(self._container_mounts.get(container_id, []), container.bundle)
+            self._container_mounts.pop(container_id, None)
             container.remove_files()
             copy_file.remove_copies(container_id)
             del self.containers[container_id]

@@ -66,7 +66,9 @@ def machines(guest_image: Path) -> Iterator[Settings]:
 
         try:
             kata_py("init")
+            made = (directory / "template/current").readlink()
             yield settings
+            assert (directory / "template/current").readlink() == made, "all pods were clones of one template"
         finally:
             kata_py("destroy")
 

@@ -296,7 +296,7 @@ def test_without_root(template: Templates) -> None:
         configuration.unlink()
 
 
-# The last, for it leaves a template that does not fit the others.
+# The last only because each of the others would have its template made anew.
 def test_status_tells_what_does_not_fit_and_init_mends_it(template: Templates) -> None:
     earlier = template.current
     template.configure({"hypervisor.qemu": {"default_memory": 300, "kernel_params": "kata.test=1"}})

@@ -275,7 +275,8 @@ def test_the_monitor_tells_who_died_and_every_wait_ends(
 def test_a_guest_that_answers_no_more_is_not_waited_for_at_every_step(
     tmp_path: Path, guest_image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("virtcontainers.sandbox._STOP_TIMEOUT_S", 2)
+    for timeout in ("_KILL_TIMEOUT_S", "_CHECK_TIMEOUT_S"):
+        monkeypatch.setattr(f"virtcontainers.sandbox.{timeout}", 2)
 
     async def body() -> None:
         pod = new_id("pod")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -68,6 +69,12 @@ class ConsoleLog:
         if not data:
             asyncio.get_running_loop().remove_reader(self._read_fd)
             return False
+        # A full /run costs the log, not the pod.
+        with contextlib.suppress(OSError):
+            self._append(data)
+        return True
+
+    def _append(self, data: bytes) -> None:
         if self._size + len(data) > CONSOLE_LIMIT_BYTES:
             kept = os.pread(
                 self._file, CONSOLE_LIMIT_BYTES // 2, max(0, self._size - CONSOLE_LIMIT_BYTES // 2)
@@ -75,7 +82,6 @@ class ConsoleLog:
             os.ftruncate(self._file, 0)
             self._size = os.pwrite(self._file, kept, 0)
         self._size += os.pwrite(self._file, data, self._size)
-        return True
 
     def drain(self) -> None:
         """Take over what is in the pipe, before somebody looks at the file's end."""

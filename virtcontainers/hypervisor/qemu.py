@@ -38,7 +38,6 @@ from virtcontainers.hypervisor.logs import ConsoleLog, with_tail
 from virtcontainers.hypervisor.memory_file import copy_extents
 from virtcontainers.hypervisor.process import MachineProcess, end_processes
 from virtcontainers.hypervisor.qemu_cmdline import (
-    BOOT_ON_ONE_VCPU,
     BRIDGE_SLOTS,
     HOTPLUG_PORTS,
     BridgeSlot,
@@ -80,6 +79,7 @@ _SHARE = "fs0"
 _LAST_WORDS_TIMEOUT_S = 1.0
 _CONSOLE_TAIL_LINES = 30
 """A panic's reason stands above its trace of some 20 lines."""
+# CPU#0\nRAX=... RIP=ffffffff81c01220 RFL=00000046 [---Z-P-] CPL=0 II=0 A20=1 SMM=0 HLT=0
 _REGISTERS = re.compile(r"CPU#(\d+).*?[RE]IP=([0-9a-f]+) [RE]FL=([0-9a-f]+).*?HLT=([01])", re.DOTALL)
 _INTERRUPT_FLAG = 0x200
 
@@ -191,11 +191,6 @@ class Qemu(Hypervisor):
         if self._command_line is None:
             raise HypervisorError("the machine is new, expected created")
         return self._command_line
-
-    @property
-    def boots_on_one_vcpu(self) -> bool:
-        """The guest's others are to be brought up by its agent."""
-        return BOOT_ON_ONE_VCPU in self.command_line.kernel_params
 
     @property
     def agent_address(self) -> AgentAddress:

@@ -132,9 +132,6 @@ class MachineFiles:
         return self.directory / "console.log"
 
 
-BOOT_ON_ONE_VCPU = "maxcpus=1"
-
-
 @dataclass(frozen=True, kw_only=True)
 class QemuCommandLine:
     """One machine. `argv` gives QEMU's arguments; the order of `devices` decides their PCI slots."""
@@ -157,6 +154,8 @@ class QemuCommandLine:
     devices: tuple[Option, ...] = ()
     sandbox: str = ""
     pid_file: Path
+    boots_on_one_vcpu: bool = False
+    """The guest's others are to be brought up by its agent."""
     incoming: str = ""
     debug: bool = False
 
@@ -314,6 +313,7 @@ def plan(
         memory=_memory(config, host_memory_mib),
         kernel=config.kernel,
         kernel_params=_kernel_params(config, agent, transport, accel),
+        boots_on_one_vcpu=_boots_on_one_vcpu(config, accel),
         initrd=config.initrd,
         firmware=config.firmware,
         objects=tuple(objects),
@@ -418,6 +418,13 @@ def _extra_monitor(kind: str) -> Option:
     return Option("extra", {"mode": "control", "pretty": kind == "qmp-pretty"})
 
 
+def _boots_on_one_vcpu(config: HypervisorConfig, accel: Accel) -> bool:
+    # QEMU 7.2 can keep its translation of code that another vCPU has just overwritten, and Linux patches
+    # itself all through its boot: about one boot in 200 on a busy host spun for ever on a breakpoint that was
+    # no longer there. `VM.start` has the other vCPUs brought up when the agent has answered.
+    return accel is Accel.TCG and config.default_vcpus > 1
+
+
 def _kernel_params(
     config: HypervisorConfig, agent: AgentConfig, transport: AgentTransport, accel: Accel
 ) -> tuple[str, ...]:
@@ -443,11 +450,8 @@ def _kernel_params(
         # it. All of ours can, and it would be a quarter of a small guest.
         "swiotlb=noforce",
     ]
-    if accel is Accel.TCG and config.default_vcpus > 1:
-        # QEMU 7.2 can keep its translation of code that another vCPU has just overwritten, and Linux patches
-        # itself all through its boot: about one boot in 200 on a busy host spun for ever on a breakpoint that
-        # was no longer there. `VM.start` has the other vCPUs brought up when the agent has answered.
-        params += [BOOT_ON_ONE_VCPU]
+    if _boots_on_one_vcpu(config, accel):
+        params += ["maxcpus=1"]
     if config.image is not None:
         params += [
             f"root={_NVDIMM_ROOT}",

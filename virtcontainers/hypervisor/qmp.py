@@ -83,7 +83,7 @@ class QMP:
             try:
                 self._client.send_fd_scm(fd)
             except (QMPError, OSError) as error:
-                raise QMPFailed(f"QMP {command}: the descriptor was not sent: {error}") from error
+                raise QMPClosed(f"QMP {command}: the descriptor was not sent: {error}") from error
             return await self.execute(command, arguments)
 
     async def unplug(self, device_id: str, *, timeout_s: float) -> None:

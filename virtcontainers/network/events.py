@@ -57,6 +57,8 @@ def _matters(kind: int, body: bytes, taps: Container[int], neighbors: Container[
             return bool(table == _RT_TABLE_MAIN and protocol != _RTPROT_KERNEL)
         if kind in _NEIGHBORS:
             family, index, state, _, _ = _NDMSG.unpack_from(body)
+            if family == socket.AF_BRIDGE:
+                return False  # what one has learned
             if kind == _RTM_NEWNEIGH and state & _NUD_PERMANENT:
                 return index not in taps
             # One that was set may be no more; the others come and go by themselves.

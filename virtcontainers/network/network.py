@@ -155,9 +155,8 @@ class Network:
         before is tried again. Raises KataError."""
         if self._machine is None:
             return
-        self._drain()
         async with self._lock:
-            pass
+            self._drain()
         if self._is_stale or not self._guest_knows:
             await self._sync(strict=True)
 
@@ -294,7 +293,7 @@ class Network:
                 self.endpoints = [each for each in self.endpoints if each.pci_path]
                 self._guest_knows = False
                 if self._machine is not None:
-                    self._look_in(self._retry_s)
+                    self._schedule_look(self._retry_s)
                     self._retry_s = min(2 * self._retry_s, _MOST_RETRY_S)
                 raise
             finally:
@@ -338,9 +337,9 @@ class Network:
     def _on_message(self) -> None:
         self._drain()
         if self._is_stale:
-            self._look_in(_SETTLE_S)
+            self._schedule_look(_SETTLE_S)
 
-    def _look_in(self, delay_s: float) -> None:
+    def _schedule_look(self, delay_s: float) -> None:
         """Unless that is sooner anyhow."""
         loop = asyncio.get_running_loop()
         if self._timer is not None:

@@ -111,8 +111,9 @@ def test_a_driver_is_loaded_once_and_not_where_it_is_there(monkeypatch: pytest.M
             with pytest.raises(BlockingIOError):
                 ours.recv(1)
             running = asyncio.create_task(loader.run())
-            while "virtio:last" not in asked:  # noqa: ASYNC110
-                await asyncio.sleep(0)
+            async with asyncio.timeout(60):
+                while "virtio:last" not in asked:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
             running.cancel()
             asyncio.get_running_loop().remove_reader(ours)
 

@@ -49,8 +49,9 @@ def watching(source: Path, target: Path, body: Callable[[], Awaitable[None]]) ->
 
 
 async def until(look: Callable[[], bool]) -> None:
-    while not look():  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(60):
+        while not look():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 def names(directory: Path) -> list[str]:

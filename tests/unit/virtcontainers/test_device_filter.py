@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def v2() -> list[Hierarchy]:
 
 class Cgroup:
     def __init__(self, hierarchy: Hierarchy, directory: Path) -> None:
-        path = f"/kata-py-unit-test-{os.getpid()}"
+        path = f"/kata-py-unit-test-{secrets.token_hex(3)}"
         self.controller = ResourceController(path, [hierarchy])
         self.directory = hierarchy.mount_point / path[1:]
         self._node = directory / "node"
@@ -149,8 +150,8 @@ def test_on_v2_nothing_is_allowed_that_no_rule_allows(cgroup_v2: Cgroup) -> None
 def test_the_cgroup_above_has_to_allow_it_too(cgroup_v2: Cgroup, tmp_path: Path) -> None:
     hierarchy = v2()[0]
     below = Cgroup(hierarchy, tmp_path)
-    below.controller = ResourceController(f"{below.controller.path}/below", [hierarchy])
-    below.directory /= "below"
+    below.controller = ResourceController(f"{cgroup_v2.controller.path}/below", [hierarchy])
+    below.directory = cgroup_v2.directory / "below"
     below.controller.create()
     try:
         cgroup_v2.update("+c 1:7 rw")

@@ -71,6 +71,7 @@ def test_what_may_concern_the_machine_matters(data: bytes) -> None:
     "data",
     [
         b"",
+        message(NEWNEIGH, struct.pack("=BxxxiHBB", socket.AF_BRIDGE, 2, PERMANENT, 0, 0) + b"\4\0\2\0"),
         link(NEWLINK, 7),
         link(DELLINK, 7),
         address(NEWADDR, 7, 0),

@@ -1,4 +1,5 @@
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -25,6 +26,8 @@ V1_SYSTEMD = "29 24 0:25 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,na
 V2 = "25 24 0:22 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw,nsdelegate\n"
 MOUNTS = Path("/proc/self/mountinfo")
 REPO = Path(__file__).parents[3]
+CGROUP = f"kata-py-unit-test-{secrets.token_hex(3)}"
+"""Not of the pid, which is of a namespace: cgroups are the host's."""
 OTHER = "22 1 259:2 / / rw,relatime shared:1 - ext4 /dev/root rw\n"
 
 
@@ -140,7 +143,7 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
 def test_a_cgroup_holds_a_process_and_goes(
     hierarchies: list[Hierarchy], process: subprocess.Popen[bytes]
 ) -> None:
-    path = f"/kata-py-unit-test-{os.getpid()}/kata_pod"
+    path = f"/{CGROUP}/kata_pod"
     controller = ResourceController(path, hierarchies)
     parent = ResourceController(str(Path(path).parent), hierarchies)
     controller.create()
@@ -167,7 +170,7 @@ def test_who_is_left_in_a_cgroup_of_v2_goes_where_processes_may_be(process: subp
     if os.geteuid() != 0 or not points or not (Path(points[0]) / "cgroup.controllers").read_text().strip():
         pytest.skip("this needs root, and a cgroup v2 with a controller")
     hierarchy = Hierarchy(Path(points[0]), frozenset())
-    parent = ResourceController(f"/kata-py-unit-test-{os.getpid()}", [hierarchy])
+    parent = ResourceController(f"/{CGROUP}", [hierarchy])
     controller = ResourceController(f"{parent.path}/kata_pod", [hierarchy])
     controller.create()
     try:
@@ -224,7 +227,7 @@ def test_in_a_namespace_of_v2_this_process_goes_back_where_it_came_from() -> Non
         or not (Path(points[0]) / "cgroup.subtree_control").read_text().strip()
     ):
         pytest.skip("this needs root, and a cgroup v2 that gives a controller on")
-    container = Path(points[0], f"kata-py-unit-test-{os.getpid()}")
+    container = Path(points[0], CGROUP)
     container.mkdir()
     try:
         command = ["sh", "-ec", ENTER, container, sys.executable, "-c", IN_A_NAMESPACE]
@@ -236,7 +239,7 @@ def test_in_a_namespace_of_v2_this_process_goes_back_where_it_came_from() -> Non
 
 
 def test_hierarchies_that_no_machine_needs_may_be_closed() -> None:
-    path = f"/kata-py-unit-test-{os.getpid()}"
+    path = f"/{CGROUP}"
     closed = Path("/proc")  # nobody makes a directory there
     controller = ResourceController(path, [Hierarchy(closed, frozenset({"net_cls", "net_prio"}))])
     controller.create()
@@ -256,7 +259,7 @@ def test_a_device_that_cannot_be_denied_is_an_error(tmp_path: Path) -> None:
 
 
 def test_what_a_cgroup_has_used() -> None:
-    controller = ResourceController(f"/kata-py-unit-test-{os.getpid()}")
+    controller = ResourceController(f"/{CGROUP}")
     found = {name for hierarchy in find_hierarchies() for name in hierarchy.controllers}
     if os.geteuid() != 0 or not {"cpuacct", "memory", "pids"} <= found:
         pytest.skip("this needs root, and cgroup v1")
@@ -308,7 +311,7 @@ def test_what_a_cgroup_of_v2_has_used(tmp_path: Path) -> None:
 
 
 def test_a_process_that_has_ended_is_in_no_cgroup(hierarchies: list[Hierarchy]) -> None:
-    controller = ResourceController(f"/kata-py-unit-test-{os.getpid()}", hierarchies)
+    controller = ResourceController(f"/{CGROUP}", hierarchies)
     with subprocess.Popen(["true"]) as process:
         process.wait()
     controller.create()
