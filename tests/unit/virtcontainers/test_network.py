@@ -7,7 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 from uuid import uuid4
@@ -117,10 +117,14 @@ async def attached(
     return network
 
 
-async def logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
+async def until(look: Callable[[], bool]) -> None:
     async with asyncio.timeout(TIMEOUT_S):
-        while text not in caplog.text:  # noqa: ASYNC110 # logging knows no events
-            await asyncio.sleep(0.05)
+        while not look():  # noqa: ASYNC110 # neither logging nor a Machine knows events
+            await asyncio.sleep(0.01)
+
+
+async def logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
+    await until(lambda: text in caplog.text)
 
 
 def test_what_the_machine_refused_is_told_and_tried_again(
@@ -172,20 +176,15 @@ def test_what_the_machine_refused_is_tried_again_by_itself_until_the_pods_end(
         try:
             machine.refuses_cards = True
             add_link(namespace, "eth0", "10.0.0.2/24")
-            async with asyncio.timeout(TIMEOUT_S):
-                while machine.refused < 3:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
-                machine.refuses_cards = False
-                while "eth0" not in machine.interfaces:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+            await until(lambda: machine.refused >= 3)
+            machine.refuses_cards = False
+            await until(lambda: "eth0" in machine.interfaces)
             assert caplog.text.count("the pod's network is not what its namespace has") == 1
 
             machine.refuses_cards = True
             refused = machine.refused
             add_link(namespace, "net1", "10.1.0.2/24")
-            async with asyncio.timeout(TIMEOUT_S):
-                while machine.refused == refused:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+            await until(lambda: machine.refused > refused)
         finally:
             await network.close()
             refused = machine.refused
@@ -261,18 +260,14 @@ def test_neighbours_alone_come_and_go(namespace: Namespace) -> None:
             ip neigh del 10.0.0.7 dev eth0
             ip neigh add 10.0.0.8 lladdr 02:00:00:00:00:08 dev eth0 nud permanent
         """)
-        async with asyncio.timeout(TIMEOUT_S):
-            while "10.0.0.8" not in machine.neighbors:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
+        await until(lambda: "10.0.0.8" in machine.neighbors)
         assert machine.neighbors == {
             "10.0.0.7": ("", FAILED),
             "10.0.0.8": ("02:00:00:00:00:08", PERMANENT),
             "fd00::7": there6,
         }
         namespace.sh("ip -6 neigh del fd00::7 dev eth0")
-        async with asyncio.timeout(TIMEOUT_S):
-            while machine.neighbors["fd00::7"] == there6:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
+        await until(lambda: machine.neighbors["fd00::7"] != there6)
         assert machine.neighbors["fd00::7"] == ("", FAILED)
         machine.neighbors = {}
         add_link(namespace, "net1", "10.1.0.2/24")
