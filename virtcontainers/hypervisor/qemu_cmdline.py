@@ -420,7 +420,7 @@ def _extra_monitor(kind: str) -> Option:
 
 def _boots_on_one_vcpu(config: HypervisorConfig, accel: Accel) -> bool:
     # QEMU 7.2 can keep its translation of code that another vCPU has just overwritten, and Linux patches
-    # itself all through its boot: about one boot in 200 on a busy host spun for ever on a breakpoint that was
+    # itself all through its boot: about one boot in 500 on a busy host spun for ever on a breakpoint that was
     # no longer there. `VM.start` has the other vCPUs brought up when the agent has answered.
     return accel is Accel.TCG and config.default_vcpus > 1
 
