@@ -3,14 +3,14 @@ linux/bpf.h."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 
+from virtcontainers import syscalls
 from virtcontainers.errors import KataError
 
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}
@@ -97,15 +97,7 @@ def syscall(command: Command, layout: str, *arguments: int | bytes) -> int:
     number = _SYS_BPF.get(os.uname().machine)
     if number is None:
         raise BPFError(command, errno.ENOSYS)
-    result = ctypes.CDLL(None, use_errno=True).syscall(number, command.value, attributes, _ATTRIBUTES_BYTES)
-    if result < 0:
-        raise BPFError(command, ctypes.get_errno())
-    return int(result)
-
-
-@contextlib.contextmanager
-def closing(fd: int) -> Iterator[int]:
     try:
-        yield fd
-    finally:
-        os.close(fd)
+        return syscalls.call(number, command.value, attributes, _ATTRIBUTES_BYTES)
+    except OSError as error:
+        raise BPFError(command, error.errno or 0) from None

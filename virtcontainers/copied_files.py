@@ -20,7 +20,7 @@ from virtcontainers.errors import KataError, UnavailableError
 from virtcontainers.fs_share import GuestFolders
 from virtcontainers.inotify import Inotify
 from virtcontainers.mount import open_source
-from virtcontainers.syscalls import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, fd_path, openat2
+from virtcontainers.syscalls import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, closing, fd_path, openat2
 
 MAX_FILES = 1000
 MAX_BYTES = 16 << 20
@@ -85,12 +85,11 @@ class CopiedFile:
         """What has gone is no error. Raises OSError."""
         with contextlib.suppress(KataError), self._opened() as top:
             for name in self.folders:
-                with contextlib.suppress(FileNotFoundError):
-                    folder = _open_below(top, name, os.O_PATH | os.O_DIRECTORY)
-                    try:
-                        inotify.add(fd_path(folder))
-                    finally:
-                        os.close(folder)
+                with (
+                    contextlib.suppress(FileNotFoundError),
+                    closing(_open_below(top, name, os.O_PATH | os.O_DIRECTORY)) as folder,
+                ):
+                    inotify.add(fd_path(folder))
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:

@@ -20,6 +20,7 @@ from virtcontainers import bpf
 from virtcontainers.bpf import BPFError, Command
 from virtcontainers.device_cgroup import DeviceRule
 from virtcontainers.errors import InvalidArgumentError, KataError
+from virtcontainers.syscalls import opened
 
 log = logging.getLogger(__name__)
 
@@ -133,8 +134,7 @@ class DeviceFilter:
         if self._is_refused or (rules == self._loaded and len(self._attached) == 1):
             return
         try:
-            directory = os.open(self._cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            with bpf.closing(directory):
+            with opened(self._cgroup, os.O_RDONLY | os.O_DIRECTORY) as directory:
                 self._replace(directory, rules)
         except OSError as error:
             raise KataError(f"cgroup {self._cgroup}: {error.strerror}") from error

@@ -308,10 +308,8 @@ def open_source(source: Path, guests: GuestsPart | None) -> Iterator[int]:
             opened = syscalls.openat2(directory, guests.way or ".", os.O_PATH, resolve)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; a guest can write in {guests.folder}") from error
-    try:
+    with syscalls.closing(opened):
         yield opened
-    finally:
-        os.close(opened)
 
 
 def make_mountpoint(target: Path, *, is_directory: bool) -> None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from virtcontainers import syscalls
 from virtcontainers.config import RUN_VC
 from virtcontainers.errors import NotFoundError
 
@@ -49,11 +50,9 @@ def management_socket(sandbox_id: str) -> Path:
 def management_address(sandbox_id: str) -> Iterator[str]:
     """What to bind or connect to instead of `management_socket`: that may be longer than a socket's address
     can be. Raises OSError when there is no such sandbox."""
-    directory = os.open(sandbox_dir(sandbox_id), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{directory}/{management_socket(sandbox_id).name}"
-    finally:
-        os.close(directory)
+    path = management_socket(sandbox_id)
+    with syscalls.opened(path.parent) as directory:
+        yield str(syscalls.fd_path(directory) / path.name)
 
 
 def store(state: SandboxState) -> None:

@@ -39,7 +39,8 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _call(number: int, *arguments: object) -> int:
+def call(number: int, *arguments: object) -> int:
+    """syscall(2). Raises OSError."""
     result: int = _libc().syscall(ctypes.c_long(number), *arguments)
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -52,19 +53,24 @@ def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
     arguments = (directory, os.fsencode(path), ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how)))
     for _ in range(_RACES):
         try:
-            return _call(_OPENAT2, *arguments)
+            return call(_OPENAT2, *arguments)
         except BlockingIOError:
             pass
-    return _call(_OPENAT2, *arguments)
+    return call(_OPENAT2, *arguments)
 
 
 @contextmanager
-def opened(path: Path, flags: int = os.O_PATH) -> Iterator[int]:
-    fd = os.open(path, flags | os.O_CLOEXEC)
+def closing(fd: int) -> Iterator[int]:
     try:
         yield fd
     finally:
         os.close(fd)
+
+
+@contextmanager
+def opened(path: Path, flags: int = os.O_PATH) -> Iterator[int]:
+    with closing(os.open(path, flags | os.O_CLOEXEC)) as fd:
+        yield fd
 
 
 def fd_path(fd: int) -> Path:
@@ -76,11 +82,8 @@ def fd_path(fd: int) -> Path:
 def mount_tree(source: int, *, recursive: bool) -> Iterator[int]:
     """A copy of what is mounted at `source`, in no place yet; it goes unless it is moved to one."""
     flags = _OPEN_TREE_CLONE | _AT_EMPTY_PATH | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
-    tree = _call(_OPEN_TREE, source, b"", ctypes.c_uint(flags))
-    try:
+    with closing(call(_OPEN_TREE, source, b"", ctypes.c_uint(flags))) as tree:
         yield tree
-    finally:
-        os.close(tree)
 
 
 def set_attributes(tree: int, attributes: int, propagation: int) -> None:
@@ -88,9 +91,9 @@ def set_attributes(tree: int, attributes: int, propagation: int) -> None:
     for MOUNT_ATTR_NOSYMFOLLOW."""
     data = (ctypes.c_uint64 * 4)(attributes, 0, propagation, 0)
     flags = ctypes.c_uint(_AT_EMPTY_PATH | _AT_RECURSIVE)
-    _call(_MOUNT_SETATTR, tree, b"", flags, ctypes.byref(data), ctypes.c_size_t(ctypes.sizeof(data)))
+    call(_MOUNT_SETATTR, tree, b"", flags, ctypes.byref(data), ctypes.c_size_t(ctypes.sizeof(data)))
 
 
 def move_mount(tree: int, target: int) -> None:
     """Mount it at `target`, which is open."""
-    _call(_MOVE_MOUNT, tree, b"", target, b"", ctypes.c_uint(_MOVE_MOUNT_EMPTY_PATHS))
+    call(_MOVE_MOUNT, tree, b"", target, b"", ctypes.c_uint(_MOVE_MOUNT_EMPTY_PATHS))

@@ -14,6 +14,7 @@ from typing import Any
 from virtcontainers.config import RootFs
 from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError
 from virtcontainers.hypervisor.hotplug_block import BlockDrive
+from virtcontainers.syscalls import fd_path
 
 _SYS_DEV_BLOCK = Path("/sys/dev/block")
 _LOOP = "loop"
@@ -149,7 +150,7 @@ def opened(device: DeviceInfo) -> Iterator[tuple[Key, BlockDrive]]:
             raise InvalidArgumentError(f"block device {path}: found 0 bytes, expected a disk")
         if is_device and not device.has_filesystem:
             # Several may have a bare device, as processes of the host may.
-            shared = os.open(f"/proc/self/fd/{fd}", flags)
+            shared = os.open(fd_path(fd), flags)
             os.close(fd)
             fd = shared
         os.set_blocking(fd, True)

@@ -16,6 +16,7 @@ import threading
 from virtcontainers import bpf
 from virtcontainers.bpf import Command
 from virtcontainers.errors import KataError
+from virtcontainers.syscalls import closing
 
 _BPF_MAP_TYPE_SOCKMAP = 15
 _BPF_PROG_TYPE_SK_LOOKUP = 30
@@ -84,14 +85,14 @@ class Listener:
         """`namespace` is a descriptor of the network namespace. Raises KataError."""
         with contextlib.ExitStack() as stack:
             self.socket = stack.enter_context(_listen_in(namespace))
-            with bpf.closing(
+            with closing(
                 bpf.syscall(Command.BPF_MAP_CREATE, "=5I", _BPF_MAP_TYPE_SOCKMAP, 4, 8, 1, 0)
             ) as sockets:
                 key, value = _buffer("=I", 0), _buffer("=Q", self.socket.fileno())
                 arguments = sockets, ctypes.addressof(key), ctypes.addressof(value), 0
                 bpf.syscall(Command.BPF_MAP_UPDATE_ELEM, "=I4xQQQ", *arguments)
                 program = bpf.load_program(_BPF_PROG_TYPE_SK_LOOKUP, _program(sockets), _BPF_SK_LOOKUP)
-            with bpf.closing(program):
+            with closing(program):
                 arguments = program, namespace, _BPF_SK_LOOKUP, 0
                 self._link = bpf.syscall(Command.BPF_LINK_CREATE, "=4I", *arguments)
             stack.pop_all()
