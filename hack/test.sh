@@ -29,7 +29,7 @@ bin=$venv/bin
 check "lint" "$bin/ruff" check
 check "format" "$bin/ruff" format --check
 check "types" "$bin/mypy"
-check "types of the tests' harness" env MYPYPATH=hack:tests/integration "$bin/mypy" --explicit-package-bases hack tests/integration
+check "types of the tests' harness" env MYPYPATH=hack:tests:tests/integration "$bin/mypy" --explicit-package-bases hack tests/processes.py tests/integration
 check "imports point one way" "$bin/lint-imports"
 check "generated code is up to date" hack/generate-protos --check
 # Two at a time, a file's tests together, each worker with a host of its own to look at.

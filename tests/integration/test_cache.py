@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from harness import Ctr, new_id, wait_for
 from private_containerd import REPO, Settings, write_kata_config
-from test_hypervisor import answers, changed, daemon, runs, wait_gone
+from processes import runs, wait_gone
+from test_hypervisor import answers, changed, daemon
 from test_sandbox import run, sandbox_config, spec
 
 from virtcontainers.config import (

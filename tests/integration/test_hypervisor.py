@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 from guest_shell import run_in_guest
 from host_state import RUN
+from processes import wait_gone
 
 from agent_client.protocols import agent_pb2, health_pb2
 from ttrpc import StatusError
@@ -374,20 +374,6 @@ def owner(
             yield process, persisted, pids
         finally:
             process.kill()
-
-
-def runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 20
-    while any(runs(pid) for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_the_machine_dies_with_its_owner_and_the_rest_is_cleaned_up(

@@ -27,7 +27,8 @@ import pytest
 from guest_shell import run_in_guest
 from harness import new_id
 from host_state import RUN
-from test_hypervisor import REPO, daemon, runs, wait_gone
+from processes import runs, wait_gone
+from test_hypervisor import REPO, daemon
 from test_sandbox import container_config, run, sandbox_config, spec
 from test_template_guest import clock_is_off_by, ignore_plan, running, template_machine
 

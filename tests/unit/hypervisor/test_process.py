@@ -6,19 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import runs
 
 from virtcontainers.hypervisor.base import HypervisorError
 from virtcontainers.hypervisor.capabilities import Capability
 from virtcontainers.hypervisor.process import MachineProcess, end_processes, find_processes
 
 STUBBORN = "trap '' TERM; echo ready; while :; do sleep 0.1; done"
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -114,9 +108,9 @@ def test_what_a_process_has_forked_goes_with_it(tmp_path: Path) -> None:
         )
         await until(lambda: process.log.read_text().strip().isdigit())
         forked = int(process.log.read_text())
-        assert not gone(forked)
+        assert runs(forked)
         await process.terminate()
-        await until(lambda: gone(forked))
+        await until(lambda: not runs(forked))
 
     asyncio.run(body())
 
@@ -138,9 +132,9 @@ def test_processes_die_with_the_one_that_started_them(tmp_path: Path) -> None:
     ) as owner:
         assert owner.stdout is not None
         pid = int(owner.stdout.readline())
-        assert not gone(pid)
+        assert runs(pid)
         owner.kill()
-    asyncio.run(until(lambda: gone(pid)))
+    asyncio.run(until(lambda: not runs(pid)))
 
 
 OUTLIVED = OWNER.replace("directory=Path(sys.argv[1])", "directory=Path(sys.argv[1]), outlives_us=True")
@@ -158,10 +152,10 @@ def test_a_process_that_outlives_its_starter_is_adopted(tmp_path: Path) -> None:
         with pytest.raises(HypervisorError, match=rf"daemon \(pid {pid}\) is none of the machine in /other"):
             MachineProcess.adopt("daemon", pid, directory=Path("/other"))
         process = MachineProcess.adopt("daemon", pid, directory=tmp_path)
-        assert process.running and not gone(pid)
+        assert process.running and runs(pid)
         await process.terminate()
         assert await process.wait() == f"daemon (pid {pid}) ended"
-        await until(lambda: gone(pid))
+        await until(lambda: not runs(pid))
         with pytest.raises(HypervisorError, match=rf"daemon \(pid {pid}\)"):
             MachineProcess.adopt("daemon", pid, directory=tmp_path)
 

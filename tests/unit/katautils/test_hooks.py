@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import wait_gone
 
 from katautils.hooks import HookError, HookTimeout, run_hooks
 from virtcontainers.errors import DeadlineExceededError
@@ -104,18 +105,7 @@ def test_a_hook_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) 
         "prestart hook /bin/sh: still running after its timeout of 1 s: killed: waiting"
     )
     assert time.monotonic() - begin < 30
-    child = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 30
-    while _lives(child):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    wait_gone([int((tmp_path / "pid").read_text())])
 
 
 def test_a_daemon_that_a_hook_leaves_holds_nothing_up(tmp_path: Path) -> None:
@@ -135,7 +125,7 @@ def test_a_cancelled_hook_is_killed(tmp_path: Path) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not _lives(int((tmp_path / "pid").read_text()))
+        wait_gone([int((tmp_path / "pid").read_text())])
 
     asyncio.run(body())
 

@@ -1,6 +1,7 @@
 """`start` and `delete` as processes, and the shim that `start` leaves behind."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
+from processes import wait_gone
 
 from katautils.oci import CONTAINER_TYPE_ANNOTATIONS, SANDBOX_ID_ANNOTATIONS
 from shim.main import NAME, Flags
@@ -80,12 +82,7 @@ class Containerd:
         self.wait_end(container_id)
 
     def wait_end(self, container_id: str) -> None:
-        deadline = time.monotonic() + TIMEOUT_S
-        stat = Path(f"/proc/{self.pid(container_id)}/stat")
-        # Whoever inherits orphans here may let them lie.
-        while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
-            assert time.monotonic() < deadline, "the shim does not end"
-            time.sleep(0.01)
+        wait_gone([self.pid(container_id)])
 
 
 @pytest.fixture
@@ -96,9 +93,9 @@ def containerd() -> Iterator[Containerd]:
     try:
         yield containerd
         for path in directory.glob("*/shim.pid"):
-            command = Path(f"/proc/{path.read_text()}/cmdline")
-            if command.exists() and NAMESPACE.encode() in command.read_bytes():
-                containerd.kill(path.parent.name)
+            with contextlib.suppress(OSError):  # it has ended
+                if NAMESPACE.encode() in Path(f"/proc/{path.read_text()}/cmdline").read_bytes():
+                    containerd.kill(path.parent.name)
     finally:
         shutil.rmtree(directory)
 
