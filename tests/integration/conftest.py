@@ -6,14 +6,14 @@ import contextlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import host_state
 import pytest
 from cri import Crictl
-from harness import Ctr, new_id
+from harness import Config, Ctr, new_id
 from private_containerd import (
     CACHE,
     GUEST_IMAGE,
@@ -150,9 +150,6 @@ def every_ctr(every_containerd: Containerd) -> Ctr:
 @pytest.fixture
 def container_id(request: pytest.FixtureRequest) -> str:
     return new_id(request.node.name.removeprefix("test_"))
-
-
-Config = Callable[..., tuple[str, ...]]
 
 
 @pytest.fixture

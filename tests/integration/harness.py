@@ -23,6 +23,9 @@ from private_containerd import RUNTIME, TEST_IMAGE, TEST_IMAGE_ARCHIVE, Containe
 
 T = TypeVar("T")
 
+Config = Callable[..., tuple[str, ...]]
+"""conftest's fixture `config`. Two files are named conftest.py: none can be imported by that name."""
+
 TIMEOUT_S = 180
 """For anything that must happen: only a hang is longer, on the slowest machine under TCG."""
 

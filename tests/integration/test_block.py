@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from conftest import Config
-from harness import TIMEOUT_S, Ctr, new_id, processes_of, wait_for
+from harness import TIMEOUT_S, Config, Ctr, new_id, processes_of, wait_for
 from private_containerd import CACHE, Containerd
 from templates import KATA_PY, Log, templates
 from test_sandbox import booting, container_config, run, sandbox_config, spec

@@ -9,8 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import Config
-from harness import TIMEOUT_S, Ctr, processes_of, wait_for
+from harness import TIMEOUT_S, Config, Ctr, processes_of, wait_for
 from templates import Log
 
 PROGRAMS = {"shim": "containerd-shim-kata-py-v2", "QEMU": "qemu-system", "virtiofsd": "virtiofsd"}

@@ -6,8 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Config
-from harness import Ctr, busybox
+from harness import Config, Ctr, busybox
 
 
 def refusal(ctr: Ctr, container_id: str, options: tuple[str, ...]) -> str:

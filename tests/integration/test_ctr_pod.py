@@ -8,8 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from conftest import Config
-from harness import MONITORED, Ctr, new_id, processes_of, qmp, wait_for
+from harness import MONITORED, Config, Ctr, new_id, processes_of, qmp, wait_for
 
 
 def cri(kind: str, pod: str) -> tuple[str, ...]:

@@ -5,8 +5,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from conftest import Config
-from harness import TIMEOUT_S, Ctr, processes_of, wait_for
+from harness import TIMEOUT_S, Config, Ctr, processes_of, wait_for
 
 
 def test_containers_go_on_without_containerd_and_are_found_again(

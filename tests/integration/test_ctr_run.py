@@ -8,8 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import Config
-from harness import TIMEOUT_S, Ctr, wait_for
+from harness import TIMEOUT_S, Config, Ctr, wait_for
 from private_containerd import RUNTIME, TEST_IMAGE_ARCHIVE
 
 

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Config
 from cri import Crictl, Pod
-from harness import Ctr, processes_of, remove_cgroups, wait_for
+from harness import Config, Ctr, processes_of, remove_cgroups, wait_for
 from host_state import RUN
 from lan import HOST, Namespace, bridge, namespace
 from private_containerd import Containerd
