@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -24,11 +25,25 @@ from private_containerd import (
     write_kata_config,
 )
 from private_cri import PAUSE_IMAGE_ARCHIVE
+from templates import ReadyTemplates
+
+from katautils.config import load_configuration
+from virtcontainers.vm import VMConfig
 
 SUITES = ("system", "trixie", "sid")
 """The machine's containerd (1.6 on Debian 12), 1.7 and 2.x; see hack/containerd-versions."""
 
+READY_TEMPLATES = "KATA_PY_READY_TEMPLATES"
+"""In the environment of all workers: where they find each other's templates."""
+
 _started: list[Containerd] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if READY_TEMPLATES in os.environ:
+        return
+    os.environ[READY_TEMPLATES] = directory = tempfile.mkdtemp(prefix="kata-py-templates-")
+    config.add_cleanup(lambda: shutil.rmtree(directory))
 
 
 def _state_directories() -> frozenset[Path]:
@@ -44,7 +59,14 @@ def guest_image() -> Path:
 
 
 @pytest.fixture(scope="session")
-def machines(guest_image: Path) -> Iterator[Settings]:
+def ready_templates(guest_image: Path) -> ReadyTemplates:
+    if os.geteuid() != 0:
+        pytest.skip("templates need root")
+    return ReadyTemplates(Path(os.environ[READY_TEMPLATES]))
+
+
+@pytest.fixture(scope="session")
+def machines(guest_image: Path, ready_templates: ReadyTemplates) -> Iterator[Settings]:
     """Of all containerds: pods are clones of one template. To boot takes over ten times as long."""
     if os.geteuid() != 0:
         pytest.skip("containerd needs root")
@@ -59,18 +81,15 @@ def machines(guest_image: Path) -> Iterator[Settings]:
             "hypervisor.qemu": {"enable_annotations": ["enable_virtio_mem"]},
         }
         configuration = write_kata_config(directory / "configuration.toml", settings)
-
-        def kata_py(action: str) -> None:
-            program = REPO / ".venv/bin/kata-py"
-            subprocess.run([program, "factory", action, "--config", configuration], check=True)
-
+        found = load_configuration(configuration)
         try:
-            kata_py("init")
+            ready_templates.put(directory / "template", VMConfig(found.hypervisor, found.agent))
             made = (directory / "template/current").readlink()
             yield settings
             assert (directory / "template/current").readlink() == made, "all pods were clones of one template"
         finally:
-            kata_py("destroy")
+            program = REPO / ".venv/bin/kata-py"
+            subprocess.run([program, "factory", "destroy", "--config", configuration], check=True)
 
 
 def _start(suite: str, directory: Path, settings: Settings, cri: bool = False) -> Containerd:

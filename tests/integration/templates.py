@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import re
@@ -15,6 +18,12 @@ from typing import Any
 from harness import TIMEOUT_S, new_id
 from private_containerd import REPO, Containerd, Settings, write_kata_config
 
+from katautils.config import load_configuration
+from virtcontainers import mount
+from virtcontainers.factory.fingerprint import made_of
+from virtcontainers.factory.template import Template
+from virtcontainers.vm import VMConfig
+
 KATA_PY = REPO / ".venv/bin/kata-py"
 
 _RECORD = re.compile(
@@ -22,6 +31,43 @@ _RECORD = re.compile(
     r"(?: sandbox=(?P<sandbox>\S+))?",
     re.MULTILINE,
 )
+
+
+@dataclass(frozen=True)
+class ReadyTemplates:
+    """A template of each machine that a test wants one of without wanting it made: of all that want the same
+    only the first has it booted, whichever worker it runs in, and the others have a copy."""
+
+    directory: Path
+    """Seen by all workers."""
+
+    def put(self, path: Path, config: VMConfig) -> Template:
+        """Have one in `path`, which is the caller's to spoil and to destroy."""
+        parts = json.dumps(made_of(config), sort_keys=True)
+        kept = self.directory / hashlib.sha256(parts.encode()).hexdigest()
+        with kept.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not kept.exists():
+                made = asyncio.run(Template.new(path, config))
+                new = kept.with_suffix(".new")
+                new.mkdir()
+                _copy(path, new)
+                new.rename(kept)
+                return made
+        path.mkdir(mode=0o700)
+        mount.mount("kata-py-template", path, "tmpfs", data="mode=0700")
+        try:
+            _copy(kept, path)
+            return Template.fetch(path, config)
+        except BaseException:
+            mount.unmount(path)
+            path.rmdir()
+            raise
+
+
+def _copy(source: Path, target: Path) -> None:
+    """With all times, by which a template knows its memory."""
+    subprocess.run(["cp", "--archive", "--sparse=always", f"{source}/.", target], check=True)
 
 
 @dataclass(frozen=True)
@@ -51,6 +97,11 @@ class Templates:
         for section, values in settings.items():
             merged.setdefault(section, {}).update(values)
         write_kata_config(self.configuration, merged)
+
+    def put(self, ready: ReadyTemplates) -> None:
+        """Have one, as after `kata-py factory init`."""
+        config = load_configuration(self.configuration)
+        ready.put(self.path, VMConfig(config.hypervisor, config.agent))
 
     def factory(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`kata-py factory ...` in a pipe, to its end."""

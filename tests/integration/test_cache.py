@@ -21,6 +21,7 @@ import pytest
 from harness import Ctr, new_id, wait_for
 from private_containerd import REPO, Settings, write_kata_config
 from processes import runs, wait_gone
+from templates import ReadyTemplates
 from test_hypervisor import answers, changed, daemon
 from test_sandbox import run, sandbox_config, spec
 
@@ -66,20 +67,20 @@ def config(guest_image: Path) -> VMConfig:
 
 
 @pytest.fixture(scope="module")
-def template(config: VMConfig) -> Iterator[Template]:
+def template(config: VMConfig, ready_templates: ReadyTemplates) -> Iterator[Template]:
     """For tests to which it is all the same how the cache's machines are made. None changes it."""
-    yield from _template_of(config)
+    yield from _template_of(config, ready_templates)
 
 
 @pytest.fixture(scope="module")
-def virtio_fs_template(config: VMConfig) -> Iterator[Template]:
-    yield from _template_of(virtio_fs(config))
+def virtio_fs_template(config: VMConfig, ready_templates: ReadyTemplates) -> Iterator[Template]:
+    yield from _template_of(virtio_fs(config), ready_templates)
 
 
-def _template_of(config: VMConfig) -> Iterator[Template]:
+def _template_of(config: VMConfig, ready_templates: ReadyTemplates) -> Iterator[Template]:
     path = RUN_VC / "vm" / new_id("template")
     try:
-        yield asyncio.run(Template.new(path, config))
+        yield ready_templates.put(path, config)
     finally:
         asyncio.run(destroy(path))
 

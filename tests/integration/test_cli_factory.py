@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from harness import TIMEOUT_S, Ctr, new_id, processes_of, wait_for
-from templates import KATA_PY, Templates, templates
+from templates import KATA_PY, ReadyTemplates, Templates, templates
 from test_ctr_failures import initrd_that_sleeps
 from test_ctr_stdio import Terminal
 
@@ -30,11 +30,9 @@ STEPS = (
 
 
 @pytest.fixture(scope="module")
-def shared(guest_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Templates]:
-    if os.geteuid() != 0:
-        pytest.skip("templates need root")
+def shared(tmp_path_factory: pytest.TempPathFactory, ready_templates: ReadyTemplates) -> Iterator[Templates]:
     with templates(tmp_path_factory.mktemp("t"), SETTINGS) as found:
-        assert found.factory("init").returncode == 0
+        found.put(ready_templates)
         yield found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from harness import TIMEOUT_S, Ctr, new_id, processes_of, wait_for
-from templates import Log, Templates, qemu_arguments, templates
+from templates import Log, ReadyTemplates, Templates, qemu_arguments, templates
 from test_ctr_pod import cri
 
 SHARED_FS = ("virtio-9p", "virtio-fs")
@@ -26,12 +26,14 @@ def settings(shared_fs: str = "virtio-9p") -> dict[str, dict[str, object]]:
 
 @pytest.fixture(scope="module", params=SHARED_FS)
 def template(
-    request: pytest.FixtureRequest, ctr: Ctr, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    ctr: Ctr,
+    tmp_path_factory: pytest.TempPathFactory,
+    ready_templates: ReadyTemplates,
 ) -> Iterator[Templates]:
     """One that is there, for each kind of share."""
     with templates(tmp_path_factory.mktemp("t"), settings(request.param)) as found:
-        result = found.factory("init")
-        assert result.returncode == 0, result.stderr
+        found.put(ready_templates)
         yield found
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from guest_shell import run_in_guest
 from harness import TIMEOUT_S, new_id
+from templates import ReadyTemplates
 
 from agent_client.protocols import types_pb2
 from virtcontainers.agent import KataAgent
@@ -46,9 +47,11 @@ def config(guest_image: Path) -> VMConfig:
 
 
 @pytest.fixture(scope="module")
-def template(config: VMConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Template]:
+def template(
+    config: VMConfig, tmp_path_factory: pytest.TempPathFactory, ready_templates: ReadyTemplates
+) -> Iterator[Template]:
     path = tmp_path_factory.mktemp("vc") / "template"
-    yield asyncio.run(Template.new(path, config))
+    yield ready_templates.put(path, config)
     asyncio.run(destroy(path))
 
 

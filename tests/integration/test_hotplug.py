@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from guest_shell import run_in_guest
 from host_state import RUN
+from templates import ReadyTemplates
 from test_template_guest import mount_share
 
 from agent_client.protocols import agent_pb2
@@ -86,12 +87,12 @@ def with_share(config: VMConfig, kind: SharedFS) -> VMConfig:
 
 @pytest.fixture(scope="module")
 def templates(
-    config: VMConfig, tmp_path_factory: pytest.TempPathFactory
+    config: VMConfig, tmp_path_factory: pytest.TempPathFactory, ready_templates: ReadyTemplates
 ) -> Iterator[dict[SharedFS, Template]]:
     """Made before the first test's look at the host, which would take them for left behind."""
     paths = {kind: tmp_path_factory.mktemp("vc") / "template" for kind in SHARES}
     try:
-        yield {kind: asyncio.run(Template.new(paths[kind], with_share(config, kind))) for kind in SHARES}
+        yield {kind: ready_templates.put(paths[kind], with_share(config, kind)) for kind in SHARES}
     finally:
         for path in paths.values():
             asyncio.run(destroy(path))

@@ -20,7 +20,7 @@ import pytest
 from harness import TIMEOUT_S, Ctr, new_id, processes_of, wait_for
 from lan import HOST, HOST6, PREFIX, Namespace, bridge, namespace, seen_in, sh
 from private_containerd import write_kata_config
-from templates import KATA_PY, Log, Templates, qemu_arguments, templates
+from templates import KATA_PY, Log, ReadyTemplates, Templates, qemu_arguments, templates
 from test_sandbox import booting, run, sandbox_config, spec
 
 from virtcontainers.sandbox import Sandbox, create_sandbox
@@ -40,11 +40,12 @@ def lan(_host_unchanged_by_module: None) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def template(ctr: Ctr, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Templates]:
+def template(
+    ctr: Ctr, tmp_path_factory: pytest.TempPathFactory, ready_templates: ReadyTemplates
+) -> Iterator[Templates]:
     hypervisor = {"shared_fs": "virtio-9p", "enable_annotations": [".*"]}
     with templates(tmp_path_factory.mktemp("t"), {"hypervisor.qemu": hypervisor}) as found:
-        result = found.factory("init")
-        assert result.returncode == 0, result.stderr
+        found.put(ready_templates)
         yield found
 
 

@@ -15,7 +15,7 @@ import pytest
 from cri import Crictl
 from harness import MONITORED, TIMEOUT_S, Ctr, new_id, processes_of, qmp, wait_for
 from private_containerd import RUNTIME, TEST_IMAGE, Settings, write_kata_config
-from templates import Log, Templates, qemu_arguments, templates
+from templates import Log, ReadyTemplates, Templates, qemu_arguments, templates
 from test_ctr_pod import cri
 
 from virtcontainers.config import SHARED_SANDBOXES
@@ -35,9 +35,11 @@ SLEEP = ("sleep", "100000")
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory, guest_image: Path) -> Iterator[Templates]:
+def template(
+    tmp_path_factory: pytest.TempPathFactory, ready_templates: ReadyTemplates
+) -> Iterator[Templates]:
     with templates(tmp_path_factory.mktemp("resources"), SETTINGS) as made:
-        assert made.factory("init").returncode == 0
+        made.put(ready_templates)
         yield made
 
 

@@ -28,6 +28,7 @@ from guest_shell import run_in_guest
 from harness import new_id
 from host_state import RUN
 from processes import runs, wait_gone
+from templates import ReadyTemplates
 from test_hypervisor import REPO, daemon
 from test_sandbox import container_config, run, sandbox_config, spec
 from test_template_guest import clock_is_off_by, ignore_plan, running, template_machine
@@ -98,25 +99,17 @@ def config(guest_image: Path, tmp_path_factory: pytest.TempPathFactory) -> VMCon
 
 
 @pytest.fixture(scope="module")
-def the_template(config: VMConfig) -> Iterator[Template]:
+def the_template(config: VMConfig, ready_templates: ReadyTemplates) -> Iterator[Template]:
     """One that no test changes."""
     path = new_path()
-    yield asyncio.run(Template.new(path, config))
-    asyncio.run(destroy(path))
-
-
-@pytest.fixture(scope="module")
-def _victims_path(config: VMConfig) -> Iterator[Path]:
-    path = new_path()
-    asyncio.run(Template.new(path, config))
-    yield path
+    yield ready_templates.put(path, config)
     asyncio.run(destroy(path))
 
 
 @pytest.fixture
-def victim(_victims_path: Path, config: VMConfig) -> Template:
+def victim(path: Path, config: VMConfig, ready_templates: ReadyTemplates) -> Template:
     """One that the test may spoil."""
-    return asyncio.run(Template.new(_victims_path, config, retry=True))
+    return ready_templates.put(path, config)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from guest_shell import run_in_guest
 from host_state import RUN
+from templates import ReadyTemplates
 
 from agent_client.protocols import agent_pb2, health_pb2
 from ttrpc import Code, StatusError
@@ -71,9 +72,11 @@ def memory() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def template(config: VMConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Template]:
+def template(
+    config: VMConfig, tmp_path_factory: pytest.TempPathFactory, ready_templates: ReadyTemplates
+) -> Iterator[Template]:
     path = tmp_path_factory.mktemp("vc") / "template"
-    yield asyncio.run(Template.new(path, config))
+    yield ready_templates.put(path, config)
     asyncio.run(destroy(path))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from harness import Ctr, new_id, wait_for
-from templates import Log, Templates, templates
+from templates import Log, ReadyTemplates, Templates, templates
 from test_ctr_pod import cri
 
 SLEEP = ("sleep", "100000")
@@ -101,7 +101,12 @@ def bind(source: Path | str, destination: str, *options: str) -> str:
 
 
 @pytest.fixture(scope="module", params=["virtio-9p", "virtio-fs"])
-def pod(request: pytest.FixtureRequest, ctr: Ctr, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
+def pod(
+    request: pytest.FixtureRequest,
+    ctr: Ctr,
+    tmp_path_factory: pytest.TempPathFactory,
+    ready_templates: ReadyTemplates,
+) -> Iterator[Pod]:
     """One for all tests, on each kind of share."""
     directory = tmp_path_factory.mktemp("v")
     (directory / "for-the-guest").mkdir()
@@ -115,7 +120,7 @@ def pod(request: pytest.FixtureRequest, ctr: Ctr, tmp_path_factory: pytest.TempP
     }
     kubelet = Kubelet(directory)
     with kubelet.mounted, templates(directory, settings) as template:
-        assert template.factory("init").returncode == 0
+        template.put(ready_templates)
         pod_id = new_id(f"volumes-{request.param}")
         options = (*cri("sandbox", pod_id), *template.options)
         with ctr.detached(pod_id, *SLEEP, options=options):
