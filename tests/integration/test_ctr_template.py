@@ -42,6 +42,14 @@ only_9p = pytest.mark.parametrize("template", SHARED_FS[:1], indirect=True, scop
 
 
 @pytest.fixture
+def victim(ctr: Ctr, tmp_path: Path, ready_templates: ReadyTemplates) -> Iterator[Templates]:
+    """One that is there, and the test's own."""
+    with templates(tmp_path, settings()) as found:
+        found.put(ready_templates)
+        yield found
+
+
+@pytest.fixture
 def no_template(ctr: Ctr, tmp_path: Path) -> Iterator[Templates]:
     with templates(tmp_path, settings()) as found:
         yield found
@@ -296,35 +304,29 @@ def test_a_pod_of_a_bigger_machine_is_a_clone_that_grows(
     assert log.warnings() == []
 
 
-@only_9p
 def test_a_template_of_another_size_is_made_anew_and_says_why(
-    ctr: Ctr, container_id: str, template: Templates, log: Log
+    ctr: Ctr, container_id: str, victim: Templates, log: Log
 ) -> None:
-    earlier = template.current
-    template.configure({"hypervisor.qemu": {"default_memory": 320}})
-    try:
-        with ctr.detached(container_id, "sleep", "1000", options=template.options):
-            assert is_clone(container_id)
-            assert template.current != earlier
-            assert [each.name for each in (template.path / "builds").iterdir()] == [template.current]
-        (warning,) = log.warnings()
-        assert "memory: found 256M" in warning
-        assert "expected 320M" in warning
-    finally:
-        template.configure({})
-        assert template.factory("init").returncode == 0
-
-
-@only_9p
-def test_a_truncated_template_is_made_anew_and_says_why(
-    ctr: Ctr, container_id: str, template: Templates, log: Log
-) -> None:
-    earlier = template.current
-    path = template.path / "builds" / earlier / "state"
-    os.truncate(path, path.stat().st_size // 2)
-    with ctr.detached(container_id, "sleep", "1000", options=template.options):
+    earlier = victim.current
+    victim.configure({"hypervisor.qemu": {"default_memory": 320}})
+    with ctr.detached(container_id, "sleep", "1000", options=victim.options):
         assert is_clone(container_id)
-    assert template.current not in ("", earlier)
+        assert victim.current != earlier
+        assert [each.name for each in (victim.path / "builds").iterdir()] == [victim.current]
+    (warning,) = log.warnings()
+    assert "memory: found 256M" in warning
+    assert "expected 320M" in warning
+
+
+def test_a_truncated_template_is_made_anew_and_says_why(
+    ctr: Ctr, container_id: str, victim: Templates, log: Log
+) -> None:
+    earlier = victim.current
+    path = victim.path / "builds" / earlier / "state"
+    os.truncate(path, path.stat().st_size // 2)
+    with ctr.detached(container_id, "sleep", "1000", options=victim.options):
+        assert is_clone(container_id)
+    assert victim.current not in ("", earlier)
     (warning,) = log.warnings()
     assert warning.startswith(f"a new template is made: {path}: found ")
 

@@ -434,12 +434,13 @@ TRANSPORTS = [AgentTransport.SERIAL, AgentTransport.HVSOCK, AgentTransport.VSOCK
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("shared_fs", [SharedFS.VIRTIO_9P, SharedFS.VIRTIO_FS])
 def test_a_pod_on_a_clone_shares_files_both_ways(
+    path: Path,
     config: VMConfig,
     guest_image: Path,
+    ready_templates: ReadyTemplates,
     tmp_path: Path,
     warnings: Warnings,
     monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
     transport: AgentTransport,
     shared_fs: SharedFS,
 ) -> None:
@@ -451,13 +452,10 @@ def test_a_pod_on_a_clone_shares_files_both_ways(
     wanted = changed(config, shared_fs=shared_fs, agent={"transport": transport})
     if shared_fs is SharedFS.VIRTIO_FS:
         wanted = changed(wanted, virtio_fs_daemon=daemon("virtiofsd", *virtiofsd.DAEMONS))
-    fixture = "the_template" if wanted == config else "path"
-    given = request.getfixturevalue(fixture)
-    path: Path = given.path if isinstance(given, Template) else given
+    made = ready_templates.put(path, wanted)
     copies = shared_fs is SharedFS.VIRTIO_FS or transport is AgentTransport.HVSOCK
 
     async def body() -> None:
-        made = await Template.new(path, wanted)
         factory = await handle(path, wanted)
         assert isinstance(factory.base, Template)
         async with sandbox_of(factory, wanted, tmp_path, guest_image) as sandbox:
@@ -488,7 +486,7 @@ def test_a_pod_on_a_clone_shares_files_both_ways(
 
 
 def test_a_pods_own_words_for_virtiofsd_reach_it(
-    the_template: Template, config: VMConfig, shared: Path, path: Path
+    config: VMConfig, shared: Path, path: Path, ready_templates: ReadyTemplates
 ) -> None:
     """They are no part of the template, whose configuration has others."""
     virtio_fs = changed(
@@ -499,8 +497,9 @@ def test_a_pods_own_words_for_virtiofsd_reach_it(
     )
     pods = changed(virtio_fs, virtio_fs_extra_args=("--thread-pool-size=7",), virtio_fs_cache="never")
 
+    ready_templates.put(path, virtio_fs)
+
     async def body() -> None:
-        await Template.new(path, virtio_fs)
         factory = await handle(path, virtio_fs)
         async with machine(factory, pods, shared) as vm:
             assert is_clone(vm)
@@ -769,10 +768,11 @@ def test_a_clone_of_a_template_of_the_past_has_the_hosts_time(
 
 
 def test_clones_outlive_their_template(
-    path: Path, config: VMConfig, guest_image: Path, tmp_path: Path, warnings: Warnings
+    victim: Template, config: VMConfig, guest_image: Path, tmp_path: Path, warnings: Warnings
 ) -> None:
+    path = victim.path
+
     async def body() -> None:
-        await Template.new(path, config)
         factory = await handle(path, config)
         async with sandbox_of(factory, config, tmp_path, guest_image) as sandbox:
             async with sandbox_of(factory, config, tmp_path / "other", guest_image) as other:
