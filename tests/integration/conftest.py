@@ -25,7 +25,7 @@ from private_containerd import (
     write_kata_config,
 )
 from private_cri import PAUSE_IMAGE_ARCHIVE
-from templates import ReadyTemplates
+from templates import Pods, ReadyTemplates
 
 from katautils.config import load_configuration
 from virtcontainers.vm import VMConfig
@@ -63,6 +63,12 @@ def ready_templates(guest_image: Path) -> ReadyTemplates:
     if os.geteuid() != 0:
         pytest.skip("templates need root")
     return ReadyTemplates(Path(os.environ[READY_TEMPLATES]))
+
+
+@pytest.fixture
+def cloning(ready_templates: ReadyTemplates, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
+    with ready_templates.cloning(tmp_path_factory.mktemp("t")) as factory:
+        yield factory
 
 
 @pytest.fixture(scope="session")

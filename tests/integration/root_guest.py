@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harness import TIMEOUT_S, new_id, wait_for
+from templates import Pods
 from test_sandbox import booting, sandbox_config, spec
 
 from virtcontainers.config import GUEST_SHARED_DIR
@@ -156,6 +157,7 @@ def root_pod(
     mounts: Sequence[dict[str, Any]] = (),
     *,
     fill: Callable[[Path], None] = lambda root: None,
+    factory: Pods = booting,
     **hypervisor: Any,
 ) -> Iterator[Pod]:
     """`fill` makes more of the container's root."""
@@ -171,7 +173,7 @@ def root_pod(
             with contextlib.suppress(FileExistsError):
                 (lower / "bin" / name).symlink_to("busybox")
         fill(lower)
-        pod.sandbox = pod.call(create_sandbox(config, booting(config)))
+        pod.sandbox = pod.call(create_sandbox(config, factory(config)))
         try:
             pod.call(pod.container.start())
             yield pod

@@ -10,7 +10,8 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,14 @@ from private_containerd import REPO, Containerd, Settings, write_kata_config
 
 from katautils.config import load_configuration
 from virtcontainers import mount
+from virtcontainers.config import SandboxConfig
+from virtcontainers.factory import Factory
 from virtcontainers.factory.fingerprint import made_of
-from virtcontainers.factory.template import Template
+from virtcontainers.factory.template import Template, destroy
 from virtcontainers.vm import VMConfig
+
+Pods = Callable[[SandboxConfig], Factory]
+"""Where the machine of a pod without containerd comes from."""
 
 KATA_PY = REPO / ".venv/bin/kata-py"
 
@@ -47,22 +53,37 @@ class ReadyTemplates:
         kept = self.directory / hashlib.sha256(parts.encode()).hexdigest()
         with kept.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            if kept.exists():
+                path.mkdir(mode=0o700)
+                mount.mount("kata-py-template", path, "tmpfs", data="mode=0700")
+                _copy(kept, path)
+                Template.fetch(path, config)
+            # Also takes one that is there, and leaves beside it what belongs there. The caller's thread may
+            # have a loop that runs.
+            with ThreadPoolExecutor(1) as thread:
+                made = thread.submit(asyncio.run, Template.new(path, config)).result()
             if not kept.exists():
-                made = asyncio.run(Template.new(path, config))
                 new = kept.with_suffix(".new")
-                new.mkdir()
+                new.mkdir(exist_ok=True)
                 _copy(path, new)
                 new.rename(kept)
-                return made
-        path.mkdir(mode=0o700)
-        mount.mount("kata-py-template", path, "tmpfs", data="mode=0700")
+            return made
+
+    @contextlib.contextmanager
+    def cloning(self, directory: Path) -> Iterator[Pods]:
+        """For pods of which it is all the same whether they are booted. The templates are in `directory`,
+        and gone at the end."""
+        paths: list[Path] = []
+
+        def factory(config: SandboxConfig) -> Factory:
+            paths.append(directory / new_id("template"))
+            return Factory(self.put(paths[-1], VMConfig(config.hypervisor, config.agent)))
+
         try:
-            _copy(kept, path)
-            return Template.fetch(path, config)
-        except BaseException:
-            mount.unmount(path)
-            path.rmdir()
-            raise
+            yield factory
+        finally:
+            for path in paths:
+                asyncio.run(destroy(path))
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -21,7 +21,7 @@ import pytest
 from harness import Ctr, new_id, wait_for
 from private_containerd import REPO, Settings, write_kata_config
 from processes import runs, wait_gone
-from templates import ReadyTemplates
+from templates import Pods, ReadyTemplates
 from test_hypervisor import answers, changed, daemon
 from test_sandbox import run, sandbox_config, spec
 
@@ -83,6 +83,12 @@ def _template_of(config: VMConfig, ready_templates: ReadyTemplates) -> Iterator[
         yield ready_templates.put(path, config)
     finally:
         asyncio.run(destroy(path))
+
+
+@pytest.fixture
+def victim(config: VMConfig, ready_templates: ReadyTemplates) -> Iterator[Template]:
+    """One that the test may spoil."""
+    yield from _template_of(config, ready_templates)
 
 
 @pytest.fixture
@@ -208,16 +214,23 @@ def hvsock(config: VMConfig, monkeypatch: pytest.MonkeyPatch) -> VMConfig:
 
 @pytest.mark.parametrize("kind", ["virtio-9p", "virtio-fs", "hvsock"])
 def test_machines_are_ready_handed_out_and_made_anew(
-    endpoint: Path, config: VMConfig, kind: str, monkeypatch: pytest.MonkeyPatch
+    endpoint: Path,
+    config: VMConfig,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    template: Template,
+    virtio_fs_template: Template,
 ) -> None:
-    config = {
-        "virtio-9p": lambda: config,
-        "virtio-fs": lambda: virtio_fs(config),
-        "hvsock": lambda: hvsock(config, monkeypatch),
-    }[kind]()
+    bases: dict[str, Callable[[], FactoryBase]] = {
+        "virtio-9p": lambda: template,
+        "virtio-fs": lambda: virtio_fs_template,
+        "hvsock": lambda: Direct(hvsock(config, monkeypatch)),
+    }
+    base = bases[kind]()
+    config = base.config
 
     async def body() -> None:
-        async with serving(endpoint, Direct(config), config) as serving_:
+        async with serving(endpoint, base, config) as serving_:
             await serving_.filled()
             status = await cache_status(endpoint)
             (ready,) = status.vmstatus
@@ -260,9 +273,9 @@ def test_hvsock_answers_whenever_a_machine_goes_on(config: VMConfig, monkeypatch
     asyncio.run(body())
 
 
-def test_an_empty_cache_costs_a_pod_no_time(endpoint: Path, config: VMConfig) -> None:
+def test_an_empty_cache_costs_a_pod_no_time(endpoint: Path, config: VMConfig, template: Template) -> None:
     async def body() -> None:
-        async with serving(endpoint, Direct(config), config) as serving_:
+        async with serving(endpoint, template, config) as serving_:
             await serving_.filled()
             async with handed_out(endpoint, config, new_id("pod")):
                 cache = await GrpcCache.fetch(endpoint, config)
@@ -444,19 +457,15 @@ def test_another_process_cleans_up_after_a_pod(endpoint: Path, virtio_fs_templat
 # -- pods
 
 
-@contextlib.asynccontextmanager
-async def template_of(config: VMConfig) -> AsyncIterator[Template]:
-    path = RUN_VC / "vm" / new_id("template")
-    try:
-        yield await Template.new(path, config)
-    finally:
-        await destroy(path)
-
-
 @pytest.mark.parametrize("of", ["direct", "template"])
 @pytest.mark.parametrize("shared_fs", list(SharedFS)[:2])
 def test_a_pod_runs_in_a_cached_machine(
-    tmp_path: Path, guest_image: Path, endpoint: Path, of: str, shared_fs: SharedFS
+    tmp_path: Path,
+    guest_image: Path,
+    endpoint: Path,
+    of: str,
+    shared_fs: SharedFS,
+    cloning: Pods,
 ) -> None:
     if shared_fs is SharedFS.VIRTIO_FS:
         daemon("virtiofsd", *virtiofsd.DAEMONS)
@@ -477,7 +486,7 @@ def test_a_pod_runs_in_a_cached_machine(
                 for id_ in ids
             ]
             config = VMConfig(configs[0].hypervisor, configs[0].agent)
-            base = Direct(config) if of == "direct" else await stack.enter_async_context(template_of(config))
+            base = Direct(config) if of == "direct" else cloning(configs[0]).base
             serving_ = await stack.enter_async_context(serving(endpoint, base, config, number=2))
             await serving_.filled()
             outputs = set()
@@ -532,9 +541,12 @@ def test_a_cached_machine_is_held_to_its_pods_cgroups(
     asyncio.run(body())
 
 
-def test_a_template_that_is_gone_is_made_anew_for_the_next_machine(endpoint: Path, config: VMConfig) -> None:
+def test_a_template_that_is_gone_is_made_anew_for_the_next_machine(
+    endpoint: Path, config: VMConfig, victim: Template
+) -> None:
     async def body() -> None:
-        async with template_of(config) as template, serving(endpoint, template, config) as serving_:
+        template = victim
+        async with serving(endpoint, template, config) as serving_:
             await serving_.filled()
             await destroy(template.path)
             async with handed_out(endpoint, config, new_id("pod")) as vm:
@@ -662,10 +674,9 @@ def test_ctr_runs_pods_from_a_cache_and_they_outlive_it(
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
             servers.append(server.pid)
             try:
-                deadline = time.monotonic() + READY_TIMEOUT_S
-                while not (ready := machines()):
-                    assert time.monotonic() < deadline and server.poll() is None
-                    time.sleep(0.2)
+                assert server.stdout is not None
+                assert any(line.startswith(b"The VM cache is at ") for line in server.stdout)
+                ready = machines()
                 with ctr.detached(container_id, "sleep", "1000", options=options):
                     name = cache_machine_of(ready[0])
                     assert (RUN_VC / "vm" / container_id).readlink() == Path(name)

@@ -133,10 +133,10 @@ def test_status_tells_what_it_is_made_of_and_what_it_costs(template: Templates) 
 
 
 def test_clones_are_shown_and_outlive_the_template(
-    ctr: Ctr, container_id: str, no_template: Templates
+    ctr: Ctr, container_id: str, no_template: Templates, ready_templates: ReadyTemplates
 ) -> None:
     other = new_id("other")
-    assert no_template.factory("init").returncode == 0
+    no_template.put(ready_templates)
     with (
         ctr.detached(container_id, "sleep", "1000", options=no_template.options),
         ctr.detached(other, "sleep", "1000", options=no_template.options),

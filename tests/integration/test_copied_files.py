@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from templates import ReadyTemplates
 from test_block import Pod, running_pod
 from test_volumes import GROUP, Kubelet
 
@@ -18,8 +19,14 @@ from virtcontainers.errors import InvalidArgumentError, KataError
 
 
 @pytest.fixture(scope="module")
-def pod(tmp_path_factory: pytest.TempPathFactory, guest_image: Path) -> Iterator[Pod]:
-    with running_pod(tmp_path_factory.mktemp("pod"), guest_image) as running:
+def pod(
+    tmp_path_factory: pytest.TempPathFactory, guest_image: Path, ready_templates: ReadyTemplates
+) -> Iterator[Pod]:
+    directory = tmp_path_factory.mktemp("pod")
+    with (
+        ready_templates.cloning(directory) as factory,
+        running_pod(directory, guest_image, factory=factory) as running,
+    ):
         yield running
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from root_guest import Pod, bind, privileged, root_pod
+from templates import ReadyTemplates
 from test_hypervisor import virtiofsd_of
 from test_sandbox import container_config
 
@@ -42,7 +43,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["9p", "virtiofsd-c", "virtiofsd-rust"])
 def pod(
-    request: pytest.FixtureRequest, host: Path, guest_image: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    host: Path,
+    guest_image: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    ready_templates: ReadyTemplates,
 ) -> Iterator[Pod]:
     settings: dict[str, Any] = {"shared_fs": SharedFS.VIRTIO_9P}
     if request.param != "9p":
@@ -56,7 +61,11 @@ def pod(
         bind(host / "other", "/other"),
         bind(host / "readonly", "/readonly", "ro"),
     ]
-    with root_pod(tmp_path_factory.mktemp("pod"), guest_image, mounts, **settings) as pod:
+    directory = tmp_path_factory.mktemp("pod")
+    with (
+        ready_templates.cloning(directory) as factory,
+        root_pod(directory, guest_image, mounts, factory=factory, **settings) as pod,
+    ):
         yield pod
         for name in ("volume", "other"):
             subprocess.run(["find", host / name, "-mindepth", "1", "-delete"], check=True)

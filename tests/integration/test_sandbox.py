@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from harness import new_id, processes_of, put_busybox
+from templates import Pods
 
 from agent_client.client import REQUEST_TIMEOUT_S
 from virtcontainers import persist
@@ -241,12 +242,12 @@ def test_a_second_sandbox_of_the_same_name_is_refused(tmp_path: Path, guest_imag
     ("shared_fs", "victim"), [(SharedFS.VIRTIO_9P, "qemu-system"), (SharedFS.VIRTIO_FS, "virtiofsd")]
 )
 def test_the_monitor_tells_who_died_and_every_wait_ends(
-    tmp_path: Path, guest_image: Path, shared_fs: SharedFS, victim: str
+    tmp_path: Path, guest_image: Path, cloning: Pods, shared_fs: SharedFS, victim: str
 ) -> None:
     async def body() -> None:
         pod = new_id("pod")
         config = sandbox_config(tmp_path, guest_image, pod, spec("sleep", "1000"), shared_fs=shared_fs)
-        sandbox = await create_sandbox(config, booting(config))
+        sandbox = await create_sandbox(config, cloning(config))
         try:
             container = sandbox.containers[pod]
             await container.start()
@@ -273,7 +274,7 @@ def test_the_monitor_tells_who_died_and_every_wait_ends(
 
 
 def test_a_guest_that_answers_no_more_is_not_waited_for_at_every_step(
-    tmp_path: Path, guest_image: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, guest_image: Path, cloning: Pods, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for timeout in ("_KILL_TIMEOUT_S", "_CHECK_TIMEOUT_S"):
         monkeypatch.setattr(f"virtcontainers.sandbox.{timeout}", 2)
@@ -281,7 +282,7 @@ def test_a_guest_that_answers_no_more_is_not_waited_for_at_every_step(
     async def body() -> None:
         pod = new_id("pod")
         config = sandbox_config(tmp_path, guest_image, pod, spec("sleep", "1000"))
-        sandbox = await create_sandbox(config, booting(config))
+        sandbox = await create_sandbox(config, cloning(config))
         try:
             await sandbox.containers[pod].start()
             await sandbox.containers[pod].pause()
@@ -313,7 +314,7 @@ asyncio.run(body())
     ("shared_fs", "victim"), [(SharedFS.VIRTIO_9P, "qemu-system"), (SharedFS.VIRTIO_FS, "virtiofsd")]
 )
 def test_a_machine_that_dies_while_its_guest_is_set_up_is_the_reason(
-    tmp_path: Path, guest_image: Path, shared_fs: SharedFS, victim: str
+    tmp_path: Path, guest_image: Path, cloning: Pods, shared_fs: SharedFS, victim: str
 ) -> None:
     async def body() -> None:
         pod = new_id("pod")
@@ -326,7 +327,7 @@ def test_a_machine_that_dies_while_its_guest_is_set_up_is_the_reason(
 
         started_at = asyncio.get_running_loop().time()
         with pytest.raises(KataError, match=f"is dead: {victim.split('-')[0]}.*SIGKILL"):
-            await create_sandbox(config, booting(config), prestart=kill)
+            await create_sandbox(config, cloning(config), prestart=kill)
         # Without virtiofsd the guest would be waited for until the agent's timeout.
         assert asyncio.get_running_loop().time() - started_at < REQUEST_TIMEOUT_S
 
@@ -345,7 +346,9 @@ def test_cleanup_takes_a_pod_off_the_host_whose_owner_was_killed(tmp_path: Path,
     asyncio.run(cleanup(pod, pod))
 
 
-def test_what_would_not_go_is_all_that_stays_and_hides_no_reason(tmp_path: Path, guest_image: Path) -> None:
+def test_what_would_not_go_is_all_that_stays_and_hides_no_reason(
+    tmp_path: Path, guest_image: Path, cloning: Pods
+) -> None:
     pod = new_id("pod")
     config = sandbox_config(tmp_path, guest_image, pod, spec("true"))
     odd = FilesystemShare(pod).root / "mounts" / pod / "odd"
@@ -356,7 +359,7 @@ def test_what_would_not_go_is_all_that_stays_and_hides_no_reason(tmp_path: Path,
 
     try:
         with pytest.raises(InvalidArgumentError, match="the hook's reason"):
-            asyncio.run(create_sandbox(config, booting(config), prestart=put_it_there))
+            asyncio.run(create_sandbox(config, cloning(config), prestart=put_it_there))
         assert processes_of(pod, "qemu-system") == []
         assert mounts_below(tmp_path) == mounts_below(FilesystemShare(pod).root) == []
         assert odd.read_text() == "content"
