@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,9 @@ async def _run(stage: str, hook: dict[str, Any], state: bytes) -> None:
             raise HookTimeout(message + _tail(output)) from None
         finally:
             if process.returncode is None:
-                # All of it: a shell's children would go on.
-                os.killpg(process.pid, signal.SIGKILL)
+                # All of it: a shell's children would go on. It may have ended without our having heard of it.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
         if status:
             how = f"exit status {status}" if status > 0 else f"killed by signal {-status}"

@@ -186,7 +186,9 @@ def _has_mark(pid: int, mark: bytes) -> bool:
 async def end_processes(directory: Path, timeout_s: float = _TERMINATE_TIMEOUT_S) -> None:
     """End what `find_processes` finds: SIGTERM, later SIGKILL. Raises HypervisorError when one stays."""
     mark = _mark(directory)
-    for number, patience_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, timeout_s)):
+    kill = (signal.SIGKILL, _TERMINATE_TIMEOUT_S)
+    # Twice: what one has forked between the look and its end.
+    for number, patience_s in ((signal.SIGTERM, timeout_s), kill, kill):
         pidfds: dict[int, int] = {}
         try:
             for pid in find_processes(directory):

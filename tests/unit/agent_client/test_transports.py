@@ -15,6 +15,8 @@ from agent_client.transports import (
     VsockAddress,
     dial,
 )
+from tests.unit import clock
+from tests.unit.descriptors import open_descriptors
 
 VMADDR_CID_LOCAL = 1
 LONG_S = 30.0
@@ -55,10 +57,6 @@ async def hybrid_vsock(path: Path, answers: list[bytes | None]) -> AsyncIterator
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes) -> None:
     writer.write(data)
     assert await reader.readexactly(len(data)) == data
-
-
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_hybrid_vsock_carries_bytes_after_its_handshake(tmp_path):
@@ -117,28 +115,37 @@ def test_dial_goes_on_until_the_socket_is_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answers", "cause"),
+    ("answer", "attempts", "cause"),
     [
-        ([b""], "; last: the guest does not listen on vsock port 1024"),
-        ([b"NO 5\n"], r"; last: CONNECT 1024 was answered with b'NO 5\\n', expected OK"),
-        ([b"x" * (1 << 20)], "; last: CONNECT 1024 was answered with a line without an end"),
-        ([None], ""),
+        (b"", 2, "; last: the guest does not listen on vsock port 1024"),
+        (b"NO 5\n", 2, r"; last: CONNECT 1024 was answered with b'NO 5\\n', expected OK"),
+        (b"x" * (1 << 20), 2, "; last: CONNECT 1024 was answered with a line without an end"),
+        (None, 1, ""),
     ],
 )
-def test_a_timeout_names_address_time_and_last_cause(tmp_path, answers, cause):
+def test_a_timeout_names_address_time_and_last_cause(tmp_path, answer, attempts, cause):
     async def body():
-        async with hybrid_vsock(tmp_path / "v.sock", answers):
-            address = HybridVsockAddress(tmp_path / "v.sock")
-            pattern = f"^agent at hvsock://{tmp_path}/v.sock:1024: no answer within 0.3 s{cause}$"
+        async with hybrid_vsock(tmp_path / "v.sock", [answer]) as requests:
+            dialling = asyncio.create_task(dial(HybridVsockAddress(tmp_path / "v.sock"), timeout_s=LONG_S))
+            while len(requests) < attempts:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            clock.skip(LONG_S)
+            pattern = f"^agent at hvsock://{tmp_path}/v.sock:1024: no answer within 30 s{cause}$"
             with pytest.raises(AgentDialTimeout, match=pattern):
-                await dial(address, timeout_s=0.3)
+                await dialling
 
-    asyncio.run(body())
+    clock.run(body())
 
 
 def test_a_socket_that_never_appears_is_named(tmp_path):
-    with pytest.raises(AgentDialTimeout, match=r"v\.sock: no answer within 0.1 s; last: .*No such file"):
-        asyncio.run(dial(SerialAddress(tmp_path / "v.sock"), timeout_s=0.1))
+    async def body():
+        dialling = asyncio.create_task(dial(SerialAddress(tmp_path / "v.sock"), timeout_s=LONG_S))
+        await asyncio.sleep(0.01)
+        clock.skip(LONG_S)
+        with pytest.raises(AgentDialTimeout, match=r"v\.sock: no answer within 30 s; last: .*No such file"):
+            await dialling
+
+    clock.run(body())
 
 
 def test_what_cannot_come_right_fails_at_once(tmp_path):
@@ -155,14 +162,12 @@ def test_what_cannot_come_right_fails_at_once(tmp_path):
 def test_a_failed_dial_leaves_no_connection_open(tmp_path, answers):
     async def body():
         async with hybrid_vsock(tmp_path / "v.sock", answers):
-            before = open_files()
+            before = open_descriptors()
             with pytest.raises(AgentDialTimeout):
                 await dial(HybridVsockAddress(tmp_path / "v.sock"), timeout_s=0.1)
-            for _ in range(100):  # the device's side of the connections
-                if open_files() <= before:
-                    break
-                await asyncio.sleep(0.01)
-            assert open_files() <= before
+            async with asyncio.timeout(LONG_S):  # for the device's side of the connections
+                while not open_descriptors() <= before:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
 
     asyncio.run(body())
 
@@ -173,12 +178,12 @@ def test_a_cancelled_dial_leaves_no_connection_open(tmp_path):
             dialling = asyncio.create_task(dial(HybridVsockAddress(tmp_path / "v.sock"), timeout_s=LONG_S))
             while not requests:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
-            before = open_files()
+            before = open_descriptors()
             dialling.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await dialling
             await asyncio.sleep(0)
-            assert open_files() < before
+            assert open_descriptors() < before
 
     asyncio.run(body())
 

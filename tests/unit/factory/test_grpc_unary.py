@@ -208,7 +208,7 @@ def test_a_refusal_in_huffman_code_is_a_refusal(path: Path) -> None:
         asyncio.run(answer_of(path, answer))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.builds(frame, st.integers(0, 10), st.integers(0, 63), st.binary(max_size=40)), max_size=6))
 def test_no_bytes_break_it(path: Path, frames: list[bytes]) -> None:
     with contextlib.suppress(KataError):

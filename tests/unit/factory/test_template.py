@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -198,11 +199,11 @@ def test_what_failed_is_not_tried_again_by_others_for_a_minute(
     assert first.tried
     second, again = new(path, vm_config)
     assert not second.tried
-    assert "tried 0 s ago: " in again and error in again
+    assert re.match(r"tried \d+ s ago: ", again) and error in again
     failed = path.with_name(".template.failed")
     assert failed.stat().st_mode & 0o777 == 0o600
     found = json.loads(failed.read_text())
-    for ago_s, tried in ((50, False), (70, True)):
+    for ago_s, tried in ((30, False), (70, True)):
         failed.write_text(json.dumps(found | {"at": time.time() - ago_s}))
         assert new(path, vm_config)[0].tried is tried
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit import clock
 from virtcontainers.config import HypervisorConfig
 from virtcontainers.hypervisor.base import QMPFailed
 from virtcontainers.hypervisor.hotplug import (
@@ -123,9 +124,16 @@ def test_the_vcpu_that_came_last_goes_first_and_those_of_the_start_stay(
 
 
 def test_a_vcpu_that_the_guest_keeps_stays_and_that_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    monitor = Monitor([1, 2, 3], keeps=2)
-    assert asyncio.run(hotplug(monitor).remove_vcpus(3, timeout_s=0.1)) == 1
-    assert monitor.plugged == [1, 2]
+    async def body() -> None:
+        monitor = Monitor([1, 2, 3], keeps=2)
+        removing = asyncio.create_task(hotplug(monitor).remove_vcpus(3, timeout_s=60))
+        while "cpu-2" not in monitor.asked:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        clock.skip(60)
+        assert await removing == 1
+        assert monitor.plugged == [1, 2]
+
+    clock.run(body())
     assert "cpu-2 stays: the guest has not let go of cpu-2 within" in caplog.text
 
 

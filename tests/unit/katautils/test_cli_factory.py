@@ -434,19 +434,20 @@ def test_check_of_a_cache_that_nobody_serves(config: Path, tmp_path: Path) -> No
 # -- progress
 
 STEPS = """
-import time
+import select, sys
 from katautils.cli.output import Progress
 with Progress() as progress:
     progress.step("one")
     progress.say("careful")
-    time.sleep(0.3)
+    select.select([sys.stdin], [], [], 60)
     progress.step("two")
     progress.close("Done.")
 """
 
 
 def test_progress_in_a_pipe_is_a_line_for_each_step() -> None:
-    result = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", STEPS]
+    result = subprocess.run(command, input="\n", capture_output=True, text=True, check=True)
     assert re.fullmatch(r"one \.\.\. \d+\.\d s\ntwo \.\.\. \d+\.\d s\nDone\.\n", result.stdout)
     assert result.stderr == "careful\n"
 
@@ -454,13 +455,21 @@ def test_progress_in_a_pipe_is_a_line_for_each_step() -> None:
 def test_progress_on_a_terminal_is_one_line_rewritten() -> None:
     main, terminal = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", STEPS], stdout=terminal, stderr=terminal, env=os.environ | {"TERM": "xterm"}
+        [sys.executable, "-c", STEPS],
+        stdin=subprocess.PIPE,
+        stdout=terminal,
+        stderr=terminal,
+        env=os.environ | {"TERM": "xterm"},
     )
     os.close(terminal)
+    assert process.stdin is not None
+    time_has_passed = re.compile(rb"\r\033\[K +(0\.[1-9]|[1-9]\d*\.\d) s  one\r")
     seen = b""
     try:
         while piece := os.read(main, 65536):
             seen += piece
+            if time_has_passed.search(seen):
+                process.stdin.close()
     except OSError:  # EIO: everybody has closed the terminal
         pass
     os.close(main)
@@ -468,4 +477,4 @@ def test_progress_on_a_terminal_is_one_line_rewritten() -> None:
     # What is written and not erased before the line's end stays.
     lines = [line.rpartition("\033[K")[2] for line in seen.decode().split("\r\n")]
     assert lines == ["careful", "Done.", ""]
-    assert re.search(r"\r\033\[K +0\.[1-9] s  one\r", seen.decode())
+    assert time_has_passed.search(seen)

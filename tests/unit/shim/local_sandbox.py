@@ -28,10 +28,6 @@ async def until(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.01)
 
 
-def open_fds() -> set[int]:
-    return {int(entry.name) for entry in Path("/proc/self/fd").iterdir()}
-
-
 class LocalProcess:
     def __init__(self, sandbox: LocalSandbox, process_id: str, spec: dict[str, Any]) -> None:
         self.sandbox = sandbox

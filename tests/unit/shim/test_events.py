@@ -5,15 +5,17 @@ import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import pytest
 from google.protobuf.empty_pb2 import Empty
 
+import shim.events
 from shim.events import QUEUE_LIMIT, Publisher, TtrpcForwarder, forwarder, into_the_log
 from shim.protocols import events_pb2
 from shim.protocols.ttrpc_events_pb2 import DESCRIPTOR, ForwardRequest
 from shim.protocols.types_pb2 import Envelope
 from ttrpc import Code, Context, Server, StatusError
 
-TIMEOUT_S = 30
+TIMEOUT_S = 120
 
 
 class Containerd:
@@ -128,7 +130,8 @@ def test_the_queue_is_bounded_and_the_newest_stay(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
-def test_without_an_address_the_binary_publishes(tmp_path: Path) -> None:
+def test_without_an_address_the_binary_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shim.events, "_FORWARD_TIMEOUT_S", TIMEOUT_S)
     binary = tmp_path / "containerd"
     # Fails once: containerd may be restarting.
     binary.write_text(

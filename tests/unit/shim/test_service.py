@@ -27,7 +27,7 @@ from tests.unit.shim.local_sandbox import LocalKata, until
 from ttrpc import Client, Code, ConnectionClosed, Server, StatusError
 from virtcontainers.errors import InvalidArgumentError, UnavailableError
 
-TIMEOUT_S = 30
+TIMEOUT_S = 120
 PID = 4711
 
 

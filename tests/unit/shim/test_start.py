@@ -28,7 +28,7 @@ from shim.protocols.types_pb2 import RuntimeInfo
 from shim.start import _POD_KEYS, Bootstrap, socket_path
 from ttrpc import Client
 
-TIMEOUT_S = 30
+TIMEOUT_S = 120
 NAMESPACE = "k8s.io"
 FLAGS = ("-namespace", NAMESPACE, "-address", "/run/c.sock", "-publish-binary", "/usr/bin/containerd")
 LAUNCHER = f"import sys; sys.path += {sys.path!r}\nfrom shim.main import main; sys.exit(main())\n"

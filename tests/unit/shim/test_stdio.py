@@ -1,6 +1,7 @@
 """Streams between real processes and real fifos, files and loggers."""
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import threading
@@ -13,10 +14,11 @@ import pytest
 
 import shim.stdio
 from shim.stdio import ProcessIO, Stdio
-from tests.unit.shim.local_sandbox import LocalProcess, LocalSandbox, open_fds, until
+from tests.unit.descriptors import open_descriptors
+from tests.unit.shim.local_sandbox import LocalProcess, LocalSandbox, until
 from virtcontainers.errors import InvalidArgumentError, KataError, NotFoundError
 
-TIMEOUT_S = 30
+TIMEOUT_S = 120
 MIB = 1 << 20
 
 
@@ -165,12 +167,11 @@ def test_a_vanished_reader_does_not_stop_the_process_and_may_come_back(
         assert await asyncio.to_thread(err.read, 1) == b"\n", "the process waits for a reader"
         reader = os.open(client.paths["stdout"], os.O_RDONLY | os.O_NONBLOCK)
         await process.write_stdin(b"back\n")
-        while True:
-            try:
-                if b"back\n" in os.read(reader, 1 << 20):
-                    break
-            except BlockingIOError:
-                await asyncio.sleep(0.01)
+        seen = b""
+        while not seen.endswith(b"back\n"):
+            await asyncio.sleep(0.01)
+            with contextlib.suppress(BlockingIOError):
+                seen += os.read(reader, 1 << 20)
         await process.close_stdin()
         assert await process.wait() == 0
         await io.close()
@@ -204,9 +205,8 @@ def test_draining_ends_when_somebody_else_holds_the_output(tmp_path: Path) -> No
         io = await ProcessIO.open(client.stdio, "default", "p")
         process = await spawn("sh", "-c", "sleep 1000 & echo done")
         io.start(process)
-        # asyncio's own wait ends with the pipes; the process itself is gone before.
+        await until(lambda: client.received["stdout"] == b"done\n")
         await io.drain(0.5)
-        assert client.received["stdout"] == b"done\n"
         await io.close()
         await client.done()
         process.abandon()
@@ -268,7 +268,12 @@ def inheritable(fd: int) -> bool:
 
 
 @pytest.mark.parametrize(("scheme", "ready"), [("binary", "exec 5>&-"), ("binary-v2", "echo >&5; exec 5>&-")])
-def test_a_logging_binary_gets_everything(tmp_path: Path, scheme: str, ready: str) -> None:
+def test_a_logging_binary_gets_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, ready: str
+) -> None:
+    monkeypatch.setattr(shim.stdio, "LOGGER_READY_S", TIMEOUT_S)
+    monkeypatch.setattr(shim.stdio, "LOGGER_END_S", TIMEOUT_S)
+
     async def body() -> None:
         uri = f"{scheme}://{logger(tmp_path, ready)}?one=1&flag="
         io = await ProcessIO.open(Stdio("", uri, uri, False), "default", "c1")
@@ -281,7 +286,7 @@ def test_a_logging_binary_gets_everything(tmp_path: Path, scheme: str, ready: st
         assert (tmp_path / "stderr").read_text() == "err\n"
         assert (tmp_path / "environment").read_text() == "default c1 one 1 flag \n"
         # 5 is the directory that ls reads; whoever runs the tests may leave us some of theirs.
-        foreign = {fd for fd in open_fds() if inheritable(fd)}
+        foreign = {fd for fd in open_descriptors() if inheritable(fd)}
         assert {int(fd) for fd in (tmp_path / "fds").read_text().split()} - foreign <= {0, 1, 2, 3, 4, 5}
 
     run(body)
@@ -305,12 +310,12 @@ def test_a_logging_binary_that_is_never_ready_is_an_error(
     monkeypatch.setattr(shim.stdio, "LOGGER_READY_S", 0.2)
 
     async def body() -> None:
-        before = open_fds()
-        for scheme, ready in (("binary", "sleep 1000"), ("binary-v2", "exit 0")):
+        before = open_descriptors()
+        for scheme, ready in (("binary", "exec sleep 1000"), ("binary-v2", "exit 0")):
             uri = f"{scheme}://{logger(tmp_path, ready)}"
             with pytest.raises(KataError, match="logger"):
                 await ProcessIO.open(Stdio("", uri, uri, False), "default", "c1")
-        assert open_fds() <= before
+        assert open_descriptors() <= before
 
     run(body)
 
@@ -326,9 +331,9 @@ def test_a_logging_binary_that_is_never_ready_is_an_error(
 )
 def test_what_cannot_be_opened_is_named(stdio: Stdio, kind: type[KataError], named: str) -> None:
     async def body() -> None:
-        before = open_fds()
+        before = open_descriptors()
         with pytest.raises(kind, match=named):
             await ProcessIO.open(stdio, "default", "c1")
-        assert open_fds() <= before
+        assert open_descriptors() <= before
 
     run(body)

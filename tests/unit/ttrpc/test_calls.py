@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit import clock
 from tests.unit.ttrpc.echo import ECHO, Text, calling, serving
 from ttrpc import Client, Code, ConnectionClosed, StatusError
 from ttrpc.framing import MAX_MESSAGE_BYTES
@@ -213,17 +214,18 @@ def test_shutdown_lets_a_call_finish_and_refuses_new_ones(tmp_path: Path) -> Non
         async with serving(tmp_path / "s") as (server, handler):
             client = await Client.connect(tmp_path / "s")
             echo = client.service(ECHO)
-            call = asyncio.create_task(echo.sleep(Text(), timeout_s=0.5))
+            call = asyncio.create_task(echo.sleep(Text(), timeout_s=300))
             await handler.sleeping.wait()
-            stop = asyncio.create_task(server.shutdown(30))
+            stop = asyncio.create_task(server.shutdown(600))
             await asyncio.sleep(0)
             assert (await status(echo.say(Text()))).code is Code.UNAVAILABLE
+            clock.skip(300)
             assert (await status(call)).code is Code.DEADLINE_EXCEEDED
             async with asyncio.timeout(30):
                 await stop
                 await client.wait_closed()
 
-    asyncio.run(body())
+    clock.run(body())
 
 
 def test_a_peer_that_never_reads_is_not_read_either(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.ttrpc.echo import ECHO, EchoHandler, Text
@@ -154,7 +154,7 @@ def test_a_host_that_does_not_read_is_not_read_and_fills_nothing() -> None:
             client._reader._transport.pause_reading()  # type: ignore[attr-defined]
             data = bytes(range(256)) * 4096
             calls = [
-                asyncio.create_task(client.service(ECHO).say(Text(data=data), timeout_s=30))
+                asyncio.create_task(client.service(ECHO).say(Text(data=data), timeout_s=120))
                 for _ in range(20)
             ]
             done, _ = await asyncio.wait(calls, timeout=1)
@@ -176,7 +176,7 @@ _noise = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(st.lists(_noise, max_size=6), st.lists(_noise, max_size=6))
 def test_any_noise_in_the_channel_is_overcome(to_guest: list[bytes], to_host: list[bytes]) -> None:
     async def body(host_end: socket.socket, guest_end: socket.socket) -> None:
@@ -211,9 +211,9 @@ def test_hosts_come_and_go_and_cost_nothing_while_they_are_away(tmp_path: Path) 
     async def body() -> None:
         listener = ChardevListener(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
         for host in (b"a", b"b", b"c"):
-            used = time.process_time()
+            used = time.thread_time()
             await asyncio.sleep(0.2)
-            assert time.process_time() - used < 0.1
+            assert time.thread_time() - used < 0.1
             accepting = asyncio.create_task(listener.accept())
             with path.open("wb", buffering=0) as port:
                 port.write(b"\x7e" + host * 32 + b"\n" + host)

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.ttrpc.echo import Text, calling
@@ -56,7 +56,7 @@ def test_oversized_payload_is_thrown_away() -> None:
         framing.check_size(frame.oversized, 1000)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(
     st.lists(
         st.one_of(

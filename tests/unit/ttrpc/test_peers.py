@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.ttrpc.echo import ECHO, EchoHandler, Text, calling, serving
@@ -517,7 +517,7 @@ _frames = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(st.lists(st.one_of(_frames, st.binary(max_size=40)), max_size=10))
 def test_whatever_a_server_sends_every_call_ends_with_our_errors(pieces: list[bytes]) -> None:
     async def body() -> None:
