@@ -219,10 +219,12 @@ def test_a_terminal_has_one_stream(tmp_path: Path) -> None:
         client = Client(tmp_path, terminal=True)
         client.read("stdout")
         io = await ProcessIO.open(client.stdio, "default", "p")
-        io.start(await spawn("echo", "text", terminal=True))
+        process = await spawn("echo", "text", terminal=True)
+        io.start(process)
         await io.drain(TIMEOUT_S)
         await client.done()
         await io.close()
+        await process.process.wait()
         assert client.received["stdout"] == b"text\n"
 
     run(body)
