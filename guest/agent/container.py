@@ -63,6 +63,9 @@ class Crun:
             if status:
                 message = _read_log(log_path) or f"crun {arguments[0]} ended with {status}"
                 raise StatusError(Code.INTERNAL, message)
+        except OSError as error:
+            reason = f"crun {arguments[0]} cannot be started: {error.strerror}"
+            raise StatusError(Code.INTERNAL, reason) from error
         finally:
             _unlink(log_path)
 
@@ -331,8 +334,11 @@ class Container:
             await self.init.wait()
             await self.cgroup.wait_empty()
             if self._poststop:
-                with _null() as null, contextlib.suppress(StatusError):
-                    await self._crun.run("delete", "--force", self.id, fds=(null, null, null))
+                try:
+                    with _null() as null:
+                        await self._crun.run("delete", "--force", self.id, fds=(null, null, null))
+                except StatusError as error:
+                    log.warning("poststop hooks: %s", error, extra={"container": self.id})
             for process in self.processes.values():
                 process.close()
 

@@ -10,6 +10,7 @@ import os
 import struct
 
 from guest.agent.mount import mounts
+from guest.agent.threads import in_thread
 from ttrpc import Code, StatusError
 
 _SYS_DEV_BLOCK = "/sys/dev/block"
@@ -43,13 +44,14 @@ async def grow(mount_point: str, size: int) -> None:
     try:
         if fstypes[-1] == "ext4":
             blocks = size // os.fstatvfs(fd).f_frsize
-            await _in_thread(fd, _EXT4_IOC_RESIZE_FS, struct.pack("=Q", blocks))
+            # It writes for a while.
+            await in_thread(fcntl.ioctl, fd, _EXT4_IOC_RESIZE_FS, struct.pack("=Q", blocks))
         else:
             geometry = fcntl.ioctl(fd, _XFS_IOC_FSGEOMETRY_V1, bytes(_XFS_GEOMETRY_V1_BYTES))
             (block_size,) = struct.unpack_from("=I", geometry, _XFS_BLOCK_SIZE_AT)
             (max_inodes,) = struct.unpack_from("=I", geometry, _XFS_MAX_INODES_AT)
             wanted = struct.pack("=QI4x", size // block_size, max_inodes)
-            await _in_thread(fd, _XFS_IOC_FSGROWFSDATA, wanted)
+            await in_thread(fcntl.ioctl, fd, _XFS_IOC_FSGROWFSDATA, wanted)
     except OSError as error:
         # EINVAL is what the kernel says to a size that is smaller than it was.
         raise StatusError(
@@ -58,11 +60,6 @@ async def grow(mount_point: str, size: int) -> None:
         ) from error
     finally:
         os.close(fd)
-
-
-async def _in_thread(fd: int, request: int, argument: bytes) -> None:
-    """It writes for a while, in which other calls are answered."""
-    await asyncio.to_thread(fcntl.ioctl, fd, request, argument)
 
 
 async def _wait_for_size(mount_point: str, size: int) -> None:

@@ -14,6 +14,7 @@ from google.protobuf.empty_pb2 import Empty
 from agent_client.protocols import agent_pb2, csi_pb2, health_pb2, oci_json, port_forward_pb2, types_pb2
 from guest.agent import VERSION, copy_file, hotplug, storage
 from guest.agent.sandbox import Sandbox
+from guest.agent.threads import in_thread
 from ttrpc import Code, StatusError
 
 log = logging.getLogger(__name__)
@@ -128,13 +129,13 @@ class AgentService:
     async def remove_stale_virtiofs_share_mounts(
         self, request: agent_pb2.RemoveStaleVirtiofsShareMountsRequest, context: object
     ) -> Empty:
-        storage.refresh_shares()
+        await in_thread(storage.refresh_shares)
         return Empty()
 
     async def get_volume_stats(
         self, request: agent_pb2.VolumeStatsRequest, context: object
     ) -> csi_pb2.VolumeStatsResponse:
-        found = os.statvfs(request.volume_guest_path)
+        found = await in_thread(os.statvfs, request.volume_guest_path)
         usage = csi_pb2.VolumeUsage
         return csi_pb2.VolumeStatsResponse(
             usage=[
@@ -157,7 +158,7 @@ class AgentService:
     async def resize_volume(self, request: agent_pb2.ResizeVolumeRequest, context: object) -> Empty:
         from guest.agent.resize import grow
 
-        await grow(request.volume_guest_path, request.size)
+        await _whole(grow(request.volume_guest_path, request.size))
         return Empty()
 
     async def add_swap_path(self, request: agent_pb2.AddSwapPathRequest, context: object) -> Empty:

@@ -20,6 +20,7 @@ from guest.agent.mount import mounts
 from guest.agent.reaper import Reaper
 from guest.agent.spec import GuestNamespaces, find_hooks, guest_spec
 from guest.agent.storage import Storages, disks
+from guest.agent.threads import in_thread
 from ttrpc import Code, StatusError
 
 log = logging.getLogger(__name__)
@@ -81,15 +82,20 @@ class Sandbox:
 
     async def destroy(self) -> None:
         """Every container and mount; errors are logged."""
+        # All at once: what one does to the machine keeps none of the others.
+        for container in self.containers.values():
+            container.cgroup.signal(signal.SIGKILL)
         for container_id in list(self.containers):
-            with contextlib.suppress(StatusError):
+            try:
                 await self.remove_container(container_id)
+            except (OSError, StatusError) as error:
+                log.warning("not removed: %s", error, extra={"container": container_id})
         if self._pause_pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pause_pid, signal.SIGKILL)
             self._pause_pid = 0
         await self._storages.release_all()
-        await asyncio.to_thread(os.sync)
+        await in_thread(os.sync)
 
     def container(self, container_id: str) -> Container:
         """Raises StatusError (NOT_FOUND)."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from agent_client.protocols import agent_pb2, types_pb2
 from guest.agent import device, linux
 from guest.agent.mount import is_mounted, mount, mounts
+from guest.agent.threads import in_thread
 from ttrpc import Code, StatusError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Storages:
                         entry.is_disk = storage.driver in _DISKS and storage.fstype != "bind"
                         if storage.HasField("fs_group"):
                             # Other calls are answered while it looks at every file of a volume.
-                            await asyncio.to_thread(_set_ownership, storage)
+                            await in_thread(_set_ownership, storage)
                         entry.is_ready = True
         except BaseException:
             await self.release(added, bundle)
@@ -240,12 +241,12 @@ async def _finish_writing(point: str) -> None:
     deadline = time.monotonic() + _READ_ONLY_TIMEOUT_S
     while True:
         try:
-            await asyncio.to_thread(linux.mount, "none", point, "", linux.MS_REMOUNT | linux.MS_RDONLY)
+            await in_thread(linux.mount, "none", point, "", linux.MS_REMOUNT | linux.MS_RDONLY)
             return
         except OSError as error:
             if error.errno != errno.EBUSY or time.monotonic() > deadline:
                 log.warning("%s does not become read-only: %s", point, error.strerror)
-                await asyncio.to_thread(os.sync)
+                await in_thread(os.sync)
                 return
         await asyncio.sleep(_READ_ONLY_POLL_S)
 

@@ -81,8 +81,12 @@ class DriverLoader:
             modalias = await self._wanted.get()
             if modalias in _served:
                 continue
-            status = await self._reaper.spawn(_MODPROBE, ["modprobe", "-q", modalias], (null, null, null))
-            if status:
+            try:
+                loading = self._reaper.spawn(_MODPROBE, ["modprobe", "-q", modalias], (null, null, null))
+            except OSError as error:
+                log.warning("no modprobe for %s: %s", modalias, error.strerror)
+                continue
+            if await loading:
                 log.debug("no module for %s", modalias)
             else:
                 _served.add(modalias)

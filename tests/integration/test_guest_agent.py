@@ -344,6 +344,43 @@ def _first_process(server: Server) -> int:
 Run = Callable[[Body], None]
 
 
+@contextlib.contextmanager
+def without_tasks(server: Server) -> Iterator[None]:
+    """As when a container's processes have taken all the tasks of the machine: the agent can start no other
+    process or thread."""
+    v1 = Path("/sys/fs/cgroup/pids")
+    cgroup = (v1 if v1.is_dir() else _cgroup2()) / f"kata-py-no-tasks-{os.getpid()}"
+    try:
+        cgroup.mkdir()
+        (cgroup / "pids.max").write_text("0")
+    except OSError as error:
+        pytest.skip(f"no limit of tasks: {error}")
+    pid = str(_first_process(server))
+    before = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    kind = "pids" if v1.is_dir() else ""
+    own = next(path for _, name, path in (line.split(":", 2) for line in before) if name == kind)
+    try:
+        (cgroup / "cgroup.procs").write_text(pid)
+        yield
+    finally:
+        (cgroup.parent / own.lstrip("/") / "cgroup.procs").write_text(pid)
+        cgroup.rmdir()
+
+
+@contextlib.contextmanager
+def disk(path: Path) -> Iterator[str]:
+    """A block device with an ext4 in it."""
+    with path.open("wb") as file:
+        file.truncate(8 << 20)
+    subprocess.run(["mkfs.ext4", "-q", str(path)], check=True)
+    command = ["losetup", "--find", "--show", str(path)]
+    device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+
+
 def test_exit_statuses(run: Run) -> None:
     async def body(agent: Agent) -> None:
         assert await agent.run("echo out; echo err >&2") == (0, "out\n", "err\n")
@@ -716,6 +753,34 @@ def test_a_container_that_is_removed_while_it_is_created_is_gone(run: Run) -> No
         assert raised.value.code == Code.NOT_FOUND
 
     run(body)
+
+
+def test_a_container_is_removed_and_its_disk_written_when_nothing_can_be_started(
+    run: Run, server: Server, tmp_path: Path
+) -> None:
+    def with_disk(spec: dict[str, Any]) -> None:
+        spec["mounts"].append(
+            {"destination": "/mnt", "type": "bind", "source": "/run/t/disk", "options": ["rbind"]}
+        )
+        spec["hooks"] = {"poststop": [{"path": "/bin/true"}]}
+
+    with disk(tmp_path / "image") as device:
+
+        async def body(agent: Agent) -> None:
+            volume = agent_pb2.Storage(driver="blk", source=device, fstype="ext4", mount_point="/run/t/disk")
+            command = "echo written > /mnt/file; echo; sleep 1000"
+            container_id = await agent.start(command, change=with_disk, storages=[volume])
+            await agent.read_until(container_id, "\n")
+            with without_tasks(server):
+                with pytest.raises(StatusError, match="crun create cannot be started"):
+                    await agent.create(["true"])
+                await agent.remove(container_id)
+                assert device not in Path(f"/proc/{_first_process(server)}/mounts").read_text()
+            assert (await agent.run("echo again"))[1] == "again\n"
+
+        run(body)
+        look = ["debugfs", "-R", "cat /file", str(tmp_path / "image")]
+        assert subprocess.run(look, check=True, capture_output=True).stdout == b"written\n"
 
 
 def test_a_container_starts_once(run: Run) -> None:
