@@ -146,7 +146,7 @@ class Storages:
             _make_local(storage.mount_point, options)
             return False
         if storage.driver == "watchable-bind":
-            return self._watch(storage)
+            return await self._watch(storage)
         if storage.driver == "ephemeral":
             if fstype == "hugetlbfs":
                 # Their number is limited already, and grows with every container that comes.
@@ -182,21 +182,20 @@ class Storages:
             ) from error
         return True
 
-    def _watch(self, storage: agent_pb2.Storage) -> bool:
-        from guest.agent.watcher import Watcher, small_enough
+    async def _watch(self, storage: agent_pb2.Storage) -> bool:
+        from guest.agent.watcher import Watcher
 
         directory = os.path.dirname(storage.mount_point)
         if directory not in self._entries:
             mount("tmpfs", directory, "tmpfs", ["nosuid", "nodev", "mode=0755"])
             self._entries[directory] = entry = _Entry()
             entry.shared = entry.mounted = True
-        if not small_enough(storage.source):
-            mount(storage.source, storage.mount_point, "bind", [])
-            return True
         if self._watcher is None:
             self._watcher = Watcher()
-        self._watcher.add(storage.source, storage.mount_point)
-        return False
+        if await self._watcher.add(storage.source, storage.mount_point):
+            return False
+        mount(storage.source, storage.mount_point, "bind", [])
+        return True
 
     def _set_huge_pages_aside(self, storage: agent_pb2.Storage, bundle: str | None) -> None:
         size, count = _huge_pages(storage.options)

@@ -12,7 +12,9 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from guest.agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -31,49 +33,62 @@ class TooMuch(Exception):
 
 
 class Watcher:
+    """Looks at what it watches in one thread: a share whose server is silent holds up no other call."""
+
     def __init__(self) -> None:
         self._copies: dict[str, _Copy] = {}
+        self._leaving: list[str] = []
         self._task: asyncio.Task[None] | None = None
+        self._lock = asyncio.Lock()
+        """Held while a thread is at work; what it may be writing to is taken away after it."""
 
-    def add(self, source: str, target: str) -> None:
-        """Copy, and look again from time to time. Raises OSError and TooMuch."""
+    async def add(self, source: str, target: str) -> bool:
+        """Copy, and look again from time to time, if it is small enough. Raises OSError."""
         copy = _Copy(source, target)
         try:
-            copy.update()
+            await self._work(copy.update)
+        except TooMuch:
+            return False
         except BaseException:
             _remove(target)
             raise
         self._copies[target] = copy
-        if self._task is None:
+        if self._task is None or self._task.done():
             self._task = asyncio.ensure_future(self._run())
+        return True
 
     def remove(self, target: str) -> None:
-        """Take the copy away, if there is one."""
+        """Take the copy away, if there is one: at once, or as soon as nobody writes to it."""
         if self._copies.pop(target, None) is not None:
-            _remove(target)
-        if not self._copies and self._task is not None:
-            self._task.cancel()
-            self._task = None
+            self._leaving.append(target)
+            if not self._lock.locked():
+                self._clean_up()
+
+    def _clean_up(self) -> None:
+        while self._leaving:
+            _remove(self._leaving.pop())
+
+    async def _work(self, work: Callable[[], None]) -> None:
+        async with self._lock:
+            try:
+                await in_thread(work)
+            finally:
+                self._clean_up()
 
     async def _run(self) -> None:
-        while True:
+        while self._copies:
             await asyncio.sleep(_INTERVAL_S)
-            for copy in list(self._copies.values()):
-                try:
-                    copy.update()
-                    copy.failed = ""
-                except (OSError, TooMuch) as error:
-                    if str(error) != copy.failed:
-                        log.warning("%s stays as it was: %s", copy.target, error)
-                    copy.failed = str(error)
+            await self._work(self._update)
 
-
-def small_enough(source: str) -> bool:
-    try:
-        _look(source)
-    except TooMuch:
-        return False
-    return True
+    def _update(self) -> None:
+        for copy in list(self._copies.values()):
+            try:
+                copy.update()
+                copy.failed = ""
+            except (OSError, TooMuch) as error:
+                if str(error) != copy.failed:
+                    log.warning("%s stays as it was: %s", copy.target, error)
+                copy.failed = str(error)
 
 
 class _Copy:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import pytest
-
-from guest.agent.watcher import TooMuch, Watcher, small_enough
+from guest.agent.watcher import Watcher
 from virtcontainers.inotify import Inotify
 
 TIMEOUT_S = 60
@@ -38,12 +38,12 @@ def withdraw(volume: Path, number: int, *gone: str) -> None:
 def watching(source: Path, target: Path, body: Callable[[], Awaitable[None]]) -> None:
     async def run() -> None:
         watcher = Watcher()
-        watcher.add(str(source), str(target))
+        assert await watcher.add(str(source), str(target))
         try:
             await asyncio.wait_for(body(), TIMEOUT_S)
         finally:
             watcher.remove(str(target))
-        assert not target.exists()
+        await until(lambda: not target.exists())
 
     asyncio.run(run())
 
@@ -136,13 +136,42 @@ def test_what_is_too_much_is_not_copied_and_what_becomes_it_stays_as_it_was(tmp_
         with (volume / "big").open("wb") as file:
             file.truncate((16 << 20) + 1)
         (volume / "file").write_text("newer")
-        assert not small_enough(str(volume))
-        with pytest.raises(TooMuch):
-            Watcher().add(str(volume), str(tmp_path / "other"))
+        assert not await Watcher().add(str(volume), str(tmp_path / "other"))
         await asyncio.sleep(1.5)
         assert names(copy) == ["file"]
         (volume / "big").unlink()
         await until(lambda: (copy / "file").read_text() == "newer")
 
-    assert small_enough(str(volume))
     watching(volume, copy, body)
+
+
+def test_a_share_that_is_silent_holds_up_nobody_and_its_copy_goes_when_it_answers(tmp_path: Path) -> None:
+    volume, copy = tmp_path / "volume", tmp_path / "copy"
+    volume.mkdir()
+    source = volume / "file"
+    source.write_text("old")
+
+    async def body() -> None:
+        waits = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGIO, waits.set)
+        watcher = Watcher()
+        assert await watcher.add(str(volume), str(copy))
+        # Who opens the file will wait, and is told of.
+        with source.open("r+") as file:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            file.write("newer")
+            file.flush()
+            await waits.wait()
+            assert (copy / "file").read_text() == "old"
+            watcher.remove(str(copy))
+            again = asyncio.ensure_future(watcher.add(str(volume), str(copy)))
+            await asyncio.sleep(0.1)
+            assert not again.done()
+            assert (copy / "file").read_text() == "old"
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        assert await again
+        assert (copy / "file").read_text() == "newer"
+        watcher.remove(str(copy))
+        await until(lambda: not copy.exists())
+
+    asyncio.run(asyncio.wait_for(body(), TIMEOUT_S))
