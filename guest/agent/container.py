@@ -153,16 +153,14 @@ class ContainerState(Enum):
 class Container:
     """`create` makes it, `stop` and `remove_files` take all of it back."""
 
-    def __init__(
-        self, crun: Crun, container_id: str, *, bundle: str, cgroup: cgroups.Cgroup, owns_pid_namespace: bool
-    ) -> None:
+    def __init__(self, crun: Crun, container_id: str, *, bundle: str, cgroup: cgroups.Cgroup) -> None:
         self._crun = crun
         self.id = container_id
         self.cgroup = cgroup
         self.frozen = False
         self.processes: dict[str, Process] = {}
         self.bundle = bundle
-        self._owns_pid_namespace = owns_pid_namespace
+        self._owns_pid_namespace = True
         self._started = False
         self._poststart = False
         self._poststop = False
@@ -180,8 +178,9 @@ class Container:
             return ContainerState.STOPPED
         return ContainerState.RUNNING if self._started else ContainerState.CREATED
 
-    async def create(self, spec: Spec) -> None:
+    async def create(self, spec: Spec, *, owns_pid_namespace: bool) -> None:
         """Everything but the start of the user's program. Raises crun's words; `remove_files` then."""
+        self._owns_pid_namespace = owns_pid_namespace
         self._poststart, self._poststop = needs_crun(spec, "poststart"), needs_crun(spec, "poststop")
         os.makedirs(self.bundle, exist_ok=True)
         try:
@@ -193,7 +192,7 @@ class Container:
             self.cgroup.signal(signal.SIGKILL)
             raise
         self.processes[self.id] = init
-        if not self._owns_pid_namespace:
+        if not owns_pid_namespace:
             # Else the kernel does it.
             init.exited.add_done_callback(lambda _: self.cgroup.signal(signal.SIGKILL))
 

@@ -93,7 +93,6 @@ class Sandbox:
         if self._pause_pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pause_pid, signal.SIGKILL)
-            self._pause_pid = 0
         await self._storages.release_all()
         await in_thread(os.sync)
 
@@ -122,19 +121,19 @@ class Sandbox:
         container_id = request.container_id
         spec = oci_json.spec_to_json(request.OCI)
         bundle = f"{RUN_DIRECTORY}/bundles/{container_id}"
-        pid_namespace = self._pid_namespace() if request.sandbox_pidns else None
         cgroup_path = f"{CGROUP_PARENT}/{container_id}"
         container = Container(
             self._crun,
             container_id,
             bundle=bundle,
             cgroup=self._cgroup(container_id),
-            owns_pid_namespace=pid_namespace is None,
         )
         await add_devices(list(request.devices), spec)
         storages: list[str] = []
         try:
             storages = await self._storages.add(request.storages, bundle)
+            # Late: meanwhile it may have come, or ended.
+            pid_namespace = await self._pid_namespace(container_id) if request.sandbox_pidns else None
             try:
                 prepared = guest_spec(
                     spec,
@@ -150,7 +149,13 @@ class Sandbox:
                 )
             except ValueError as error:
                 raise StatusError(Code.INVALID_ARGUMENT, str(error)) from error
-            await container.create(prepared)
+            try:
+                await container.create(prepared, owns_pid_namespace=pid_namespace is None)
+            except StatusError as error:
+                if pid_namespace in (None, self._shared_pid_namespace):
+                    raise
+                reason = f"the PID namespace that container {container_id} was to share has ended: {error}"
+                raise StatusError(Code.FAILED_PRECONDITION, reason) from error
         except BaseException:
             await self._storages.release(storages, bundle)
             container.remove_files()
@@ -158,7 +163,7 @@ class Sandbox:
             raise
         if not self.containers and self._shared_pid_namespace is None:
             # Who shares a PID namespace without a pause process shares the first container's.
-            self._shared_pid_namespace = f"/proc/{container.init.pid}/ns/pid"
+            self._share_pid_namespace(container.init.pid, container.init.exited)
         self.containers[container_id] = container
         self._container_mounts[container_id] = storages
         self._oom.add(container_id, container.cgroup)
@@ -186,23 +191,46 @@ class Sandbox:
                 return  # another call has removed it
             await container.stop()
             self._oom.remove(container_id)
-            if self._shared_pid_namespace == f"/proc/{container.init.pid}/ns/pid":
-                # It ended with its first process, whose pid may come to mean another.
-                self._shared_pid_namespace = None
             await self._storages.release(self._container_mounts.get(container_id, []), container.bundle)
             self._container_mounts.pop(container_id, None)
             container.remove_files()
             copy_file.remove_copies(container_id)
             del self.containers[container_id]
 
-    def _pid_namespace(self) -> str | None:
+    async def _pid_namespace(self, container_id: str) -> str | None:
         """The namespace to join; None when the container about to be made is the one to be joined."""
         if self._wants_pause and not self._pause_pid:
-            self._pause_pid = self._start_pause()
-            self._shared_pid_namespace = f"/proc/{self._pause_pid}/ns/pid"
-        if self._shared_pid_namespace is None and (self.containers or len(self._creating) > 1):
+            self._pause_pid = pid = self._start_pause()
+            exited = self.reaper.watch(pid)
+            exited.add_done_callback(self._pause_ended)
+            self._share_pid_namespace(pid, exited)
+        if self._shared_pid_namespace is None:
+            # One that came earlier may bring it, and one that goes leave it to us.
+            for other, ended in list(self._creating.items()):
+                if other == container_id:
+                    break
+                await ended.wait()
+            for container in list(self.containers.values()):
+                if container.removal.locked():
+                    async with container.removal:
+                        pass
+        if self._shared_pid_namespace is None and self.containers:
             raise StatusError(Code.FAILED_PRECONDITION, "the sandbox has no PID namespace to share")
         return self._shared_pid_namespace
+
+    def _share_pid_namespace(self, pid: int, exited: asyncio.Future[int]) -> None:
+        """Others join that of this process, which is its first: it ends with it, and then the pid may come to
+        mean another."""
+        self._shared_pid_namespace = path = f"/proc/{pid}/ns/pid"
+
+        def end(_: asyncio.Future[int]) -> None:
+            if self._shared_pid_namespace == path:
+                self._shared_pid_namespace = None
+
+        exited.add_done_callback(end)
+
+    def _pause_ended(self, _: asyncio.Future[int]) -> None:
+        self._pause_pid = 0
 
     @staticmethod
     def _start_pause() -> int:

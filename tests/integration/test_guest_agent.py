@@ -823,6 +823,60 @@ def test_containers_see_each_other_in_a_shared_pid_namespace(run: Run) -> None:
     run(body)
 
 
+async def without_pause(agent: Agent) -> None:
+    """Who shares a PID namespace shares the first container's."""
+    await agent.rpc.destroy_sandbox(agent_pb2.DestroySandboxRequest())
+    await agent.rpc.create_sandbox(agent_pb2.CreateSandboxRequest(sandbox_id="s"))
+
+
+def test_who_comes_while_the_owner_of_the_pid_namespace_is_removed_is_the_next(run: Run) -> None:
+    def slow_end(spec: dict[str, Any]) -> None:
+        spec["hooks"] = {"poststop": [{"path": "/bin/sleep", "args": ["sleep", "2"]}]}
+
+    async def body(agent: Agent) -> None:
+        await without_pause(agent)
+        owner = await agent.start(["sleep", "1000"], change=slow_end, sandbox_pidns=True)
+        assert (await agent.run("echo $$", sandbox_pidns=True))[1] != "1\n"
+        removal = asyncio.ensure_future(agent.remove(owner))
+        assert await agent.wait(owner) == 137
+        coming = [asyncio.ensure_future(agent.start("echo $$; sleep 1000", sandbox_pidns=True)) for _ in "ab"]
+        first, second = [await each for each in coming]
+        assert removal.done()
+        pids = [await agent.read_until(container_id, "\n") for container_id in (first, second)]
+        assert pids[0] == "1\n"
+        assert pids[1] != "1\n"
+        await agent.remove(first)
+        assert await agent.wait(second) == 137
+        with pytest.raises(StatusError, match="no PID namespace to share") as raised:
+            await agent.create(["true"], sandbox_pidns=True)
+        assert raised.value.code == Code.FAILED_PRECONDITION
+        await agent.remove(second)
+
+    run(body)
+
+
+def test_a_pid_namespace_that_ends_while_it_is_joined_is_named(run: Run, server: Server) -> None:
+    def slow(spec: dict[str, Any]) -> None:
+        spec["hooks"] = {"prestart": [{"path": "/bin/sleep", "args": ["sleep", "2"]}]}
+
+    async def body(agent: Agent) -> None:
+        await without_pause(agent)
+        owner = await agent.start(["sleep", "1000"], sandbox_pidns=True)
+        joining = asyncio.ensure_future(agent.create(["sleep", "1000"], change=slow, sandbox_pidns=True))
+        async with asyncio.timeout(TIMEOUT_S):
+            while [name for _, _, name in server.processes()].count("sleep") < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await agent.signal(owner, signal.SIGKILL, owner)
+        with pytest.raises(
+            StatusError, match=r"PID namespace that container c[0-9]+ was to share has ended"
+        ) as raised:
+            await joining
+        assert raised.value.code == Code.FAILED_PRECONDITION
+        await agent.remove(owner)
+
+    run(body)
+
+
 def test_hostname_of_the_sandbox(run: Run) -> None:
     async def body(agent: Agent) -> None:
         await agent.rpc.create_sandbox(agent_pb2.CreateSandboxRequest(sandbox_id="s", hostname="guest-host"))
