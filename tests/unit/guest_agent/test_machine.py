@@ -87,11 +87,14 @@ def uevent(action: str, kind: str, **values: str) -> bytes:
 
 def test_a_driver_is_loaded_once_and_not_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     network, disk = "virtio:d00000001v00001AF4", "virtio:d00000002v00001AF4"
+    full = "virtio:when-there-is-no-task-left"
     asked: list[str] = []
 
     class Modprobe(Reaper):
         def spawn(self, path: str, argv: list[str], fds: Sequence[int]) -> asyncio.Future[int]:
             asked.append(argv[-1])
+            if argv[-1] == full:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
             status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             status.set_result(1 if "nosuch" in argv[-1] else 0)
             return status
@@ -103,7 +106,7 @@ def test_a_driver_is_loaded_once_and_not_where_it_is_there(monkeypatch: pytest.M
             loader = DriverLoader(Modprobe())
             loader._socket.close()
             loader._socket = ours
-            for modalias in (network, disk, disk, "virtio:nosuch", "virtio:nosuch", "virtio:last"):
+            for modalias in (network, disk, disk, full, "virtio:nosuch", "virtio:nosuch", "virtio:last"):
                 kernel.send(uevent("add", "virtio", MODALIAS=modalias))
             kernel.send(uevent("bind", "virtio", MODALIAS="virtio:bound"))
             kernel.send(uevent("add", "pci", MODALIAS="pci:other"))
@@ -120,7 +123,7 @@ def test_a_driver_is_loaded_once_and_not_where_it_is_there(monkeypatch: pytest.M
     monkeypatch.setattr(uevents, "_served", {network})
     monkeypatch.setattr(uevents, "_waiting_devices", lambda: iter(()))
     asyncio.run(body())
-    assert asked == [disk, "virtio:nosuch", "virtio:nosuch", "virtio:last"]
+    assert asked == [disk, full, "virtio:nosuch", "virtio:nosuch", "virtio:last"]
 
 
 def test_a_pci_path_is_followed_through_its_bridges(tmp_path: Path) -> None:
