@@ -66,8 +66,6 @@ def sandbox_rules(
     rules += [DeviceRule(True, text) for text in _ALWAYS]
     if sandbox_cgroup_only:
         rules += [DeviceRule(True, text) for text in (*_OF_THE_SHIM, *([_PTMX] if debug else []))]
-    # CNI makes some, whatever our own model is.
-    rules += _of_driver("macvtap")
     return rules + device_rules([*map(Path, _BY_NAME), *others])
 
 
@@ -83,12 +81,6 @@ def device_rules(paths: Iterable[Path]) -> list[DeviceRule]:
             kind = "c" if stat.S_ISCHR(found.st_mode) else "b"
             rules.append(DeviceRule(True, f"{kind} {os.major(found.st_rdev)}:{os.minor(found.st_rdev)} rwm"))
     return rules
-
-
-def _of_driver(name: str) -> list[DeviceRule]:
-    """For a driver whose number is the kernel's choice."""
-    lines = [line.split() for line in Path("/proc/devices").read_text().split("\n\n")[0].splitlines()[1:]]
-    return [DeviceRule(True, f"c {major}:* rwm") for major, driver in lines if driver == name]
 
 
 def _of_spec(rule: Mapping[str, Any]) -> DeviceRule:

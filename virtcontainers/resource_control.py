@@ -196,7 +196,7 @@ class ResourceController:
 
     @contextlib.contextmanager
     def devices_allowed(self, rules: Iterable[DeviceRule]) -> Iterator[None]:
-        """So for as long as this lasts, which nothing else that is done with devices may come across."""
+        """So for as long as this lasts; what else is done with devices meanwhile has to end within it."""
         rules = list(rules)
         with contextlib.ExitStack() as undo:
             for controller in self._device_controllers() if rules else ():

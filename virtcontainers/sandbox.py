@@ -18,7 +18,7 @@ from virtcontainers.config import GUEST_SHARED_DIR, RUN_VC, ContainerConfig, San
 from virtcontainers.container import Container, ContainerState
 from virtcontainers.device.disks import GuestVolume
 from virtcontainers.device.manager import DeviceManager
-from virtcontainers.device_cgroup import device_rules, sandbox_rules
+from virtcontainers.device_cgroup import DeviceRule, device_rules, sandbox_rules
 from virtcontainers.errors import (
     AlreadyExistsError,
     InvalidArgumentError,
@@ -121,7 +121,11 @@ class Sandbox:
         self.is_ending = False
         """The machine is about to be ended: nothing is unplugged any more."""
         self.network = Network(
-            config.network, config.hypervisor, sandbox_id=config.id, on_planned=self._save_network
+            config.network,
+            config.hypervisor,
+            sandbox_id=config.id,
+            on_planned=self._save_network,
+            allowed=self._allowed,
         )
         self._port_forward: PortForward | None = None
         self._pinned = False
@@ -132,9 +136,12 @@ class Sandbox:
 
     def _devices_allowed(self, paths: Iterable[Path]) -> contextlib.AbstractContextManager[None]:
         """For this process to open: QEMU opens no disk itself."""
+        return self._allowed(device_rules(paths))
+
+    def _allowed(self, rules: Iterable[DeviceRule]) -> contextlib.AbstractContextManager[None]:
         if self._cgroups.overhead is not None:
             return contextlib.nullcontext()  # this process is not in the filtered cgroup
-        return self._cgroups.sandbox.devices_allowed(device_rules(paths))
+        return self._cgroups.sandbox.devices_allowed(rules)
 
     @property
     def local_dir(self) -> str:

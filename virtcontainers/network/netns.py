@@ -195,22 +195,30 @@ def _route(message: Any) -> dict[str, Any]:
 # -- connecting
 
 
-def connect(link: Link, queues: int, vhost_net: bool) -> Answer:
-    """Make the machine's side of a link: its descriptors, one a queue, and then vhost-net's, as many or none.
+def make_macvtap(link: Link) -> Answer:
+    """Before `connect`, unless it is there already. The answer is its device, as "246:1": only now its driver
+    is loaded for sure, and has a number. Nothing stays when it fails."""
+    with contextlib.ExitStack() as undo:
+        if link["model"] == "macvtap":
+            _make_macvtap(link, undo)
+        device = _device_of_macvtap(link["tap"])
+        undo.pop_all()
+        return device, []
 
-    The answer says the tap's index, and whether there is vhost-net. Nothing stays when it fails.
+
+def connect(link: Link, queues: int, vhost_net: bool, macvtap: str = "") -> Answer:
+    """Make the machine's side of a link: its descriptors, one a queue, and then vhost-net's, as many or none;
+    of a `macvtap` that is there, by its device.
+
+    The answer says the tap's index, and whether there is vhost-net. Nothing stays when it fails, but for the
+    `macvtap`.
     """
     with contextlib.ExitStack() as undo:
-        match link["model"]:
-            case "macvtap":
-                _make_macvtap(link, undo)
-                index = socket.if_nametoindex(link["tap"])
-                fds = _open_macvtap(link["tap"], index, queues)
-            case "existing":
-                index, fds = link["index"], _open_macvtap(link["name"], link["index"], queues)
-            case _:
-                index, fds = _make_tap(link, queues)
-                undo.callback(_remove_redirection, link["index"], link["name"])
+        if macvtap:
+            index, fds = socket.if_nametoindex(link["tap"]), _open_macvtap(link["tap"], macvtap, queues)
+        else:
+            index, fds = _make_tap(link, queues)
+            undo.callback(_remove_redirection, link["index"], link["name"])
         undo.callback(_close, fds)
         if link["model"] == "tcfilter":
             _redirect(link["index"], index, f"{link['name']} to {link['tap']}")
@@ -325,13 +333,18 @@ def _make_macvtap(link: Link, undo: contextlib.ExitStack) -> None:
         ipr.link("set", index=index, state="up")
 
 
-def _open_macvtap(name: str, index: int, queues: int) -> list[int]:
+def _device_of_macvtap(name: str) -> str:
+    with _naming(f"macvtap {name}"), _own_mounts():
+        mount.mount("sysfs", Path("/sys"), "sysfs")
+        return _read(f"/sys/class/net/{name}/tap{socket.if_nametoindex(name)}/dev").strip()
+
+
+def _open_macvtap(name: str, device: str, queues: int) -> list[int]:
     """By a node of our own: in /dev it is named by an index that other namespaces have, too, or it is not
     there at all."""
     with _naming(f"macvtap {name}"), _own_mounts():
-        mount.mount("sysfs", Path("/sys"), "sysfs")
-        major, minor = _read(f"/sys/class/net/{name}/tap{index}/dev").split(":")
         mount.mount("tmpfs", Path("/sys"), "tmpfs")
+        major, minor = device.split(":")
         os.mknod("/sys/tap", 0o600 | 0o020000, os.makedev(int(major), int(minor)))
         return _open("/sys/tap", queues)
 

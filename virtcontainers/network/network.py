@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 from virtcontainers.agent import KataAgent
 from virtcontainers.config import HypervisorConfig, NetworkConfig
+from virtcontainers.device_cgroup import DeviceRule
 from virtcontainers.errors import KataError, UnavailableError
 from virtcontainers.hypervisor.base import Hypervisor, NetDevice
 from virtcontainers.network import events
@@ -69,7 +71,8 @@ class _Changes:
 
 
 class Network:
-    """Of one pod. `on_planned` is told, before it exists, of what `cleanup` needs to undo it."""
+    """Of one pod. `on_planned` is told, before it exists, of what `cleanup` needs to undo it; `allowed` lasts
+    while devices are opened."""
 
     def __init__(
         self,
@@ -78,6 +81,7 @@ class Network:
         *,
         sandbox_id: str,
         on_planned: Callable[[dict[str, Any]], None],
+        allowed: Callable[[list[DeviceRule]], contextlib.AbstractContextManager[None]],
     ) -> None:
         self.config = config
         self._id = sandbox_id
@@ -87,6 +91,7 @@ class Network:
         self._queues = min(max(1, hypervisor.default_vcpus), _MOST_QUEUES)
         self._vhost_net = not hypervisor.disable_vhost_net and VHOST_NET.exists()
         self._on_planned = on_planned
+        self._allowed = allowed
         self._path = config.network_namespace
         self._namespace = -1
         self._watch = -1
@@ -256,13 +261,30 @@ class Network:
             self._plan(new)
             self.endpoints += new
         for endpoint in new:
-            arguments = {"queues": self._queues, "vhost_net": self._vhost_net}
-            made, fds = await child.call("connect", link=endpoint.to_connect(self._id), **arguments)
+            made, fds = await self._connect(endpoint, child)
             self._taps.add(made["tap"])
             device = NetDevice(
                 endpoint.tap, endpoint.info.hardware_addr, fds[: self._queues], fds[self._queues :]
             )
             changes.new.append((endpoint, device))
+
+    async def _connect(self, endpoint: Endpoint, child: NamespaceChild) -> tuple[Any, list[int]]:
+        link = endpoint.to_connect(self._id)
+        arguments = {"link": link, "queues": self._queues, "vhost_net": self._vhost_net}
+        if link["model"] not in ("macvtap", "existing"):
+            return await child.call("connect", **arguments)
+        device, _ = await child.call("make_macvtap", link=link)
+        fds: list[int] = []
+        try:
+            with self._allowed([DeviceRule(True, f"c {device} rw")]):
+                made, fds = await child.call("connect", **arguments, macvtap=device)
+        except KataError:
+            for fd in fds:
+                os.close(fd)
+            with contextlib.suppress(KataError):
+                await child.call("disconnect", link=link)
+            raise
+        return made, fds
 
     def _plan(self, new: Iterable[Endpoint]) -> None:
         self._planned |= {each.info.index: each.to_connect(self._id) for each in new}

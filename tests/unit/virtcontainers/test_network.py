@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import os
+import secrets
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,10 +21,12 @@ from agent_client.protocols import types_pb2
 from tests.unit.descriptors import open_descriptors
 from virtcontainers.agent import KataAgent
 from virtcontainers.config import HypervisorConfig, NetworkConfig
+from virtcontainers.device_cgroup import DeviceRule, sandbox_rules
 from virtcontainers.errors import FailedPreconditionError, KataError
 from virtcontainers.hypervisor.base import Hypervisor, NetDevice, QMPFailed
 from virtcontainers.network.endpoints import InterworkingModel
 from virtcontainers.network.network import Network
+from virtcontainers.resource_control import ResourceController, find_hierarchies
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/dev/net/tun").exists(), reason="needs root and /dev/net/tun"
@@ -102,18 +107,30 @@ class Machine:
             self._close(tap)
 
 
-def network_of(namespace: Namespace, model: InterworkingModel) -> Network:
+Allowed = Callable[[list[DeviceRule]], contextlib.AbstractContextManager[None]]
+
+
+def network_of(namespace: Namespace, model: InterworkingModel, allowed: Allowed | None = None) -> Network:
     config = NetworkConfig(network_namespace=namespace.path, interworking_model=model)
     hypervisor = HypervisorConfig(disable_vhost_net=True)
-    network = Network(config, hypervisor, sandbox_id=str(uuid4()), on_planned=lambda planned: None)
+    network = Network(
+        config,
+        hypervisor,
+        sandbox_id=str(uuid4()),
+        on_planned=lambda planned: None,
+        allowed=allowed or (lambda rules: contextlib.nullcontext()),
+    )
     network.start()
     return network
 
 
 async def attached(
-    namespace: Namespace, machine: Machine, model: InterworkingModel = InterworkingModel.TCFILTER
+    namespace: Namespace,
+    machine: Machine,
+    model: InterworkingModel = InterworkingModel.TCFILTER,
+    allowed: Allowed | None = None,
 ) -> Network:
-    network = network_of(namespace, model)
+    network = network_of(namespace, model, allowed)
     await network.attach(cast(Hypervisor, machine), cast(KataAgent, machine))
     return network
 
@@ -340,6 +357,74 @@ def test_a_namespace_that_has_a_pod_is_refused(namespace: Namespace, model: Inte
         assert namespace.sh(script) == before
         machine.end()
         await first.delete()
+
+    asyncio.run(body())
+
+
+@pytest.fixture(params=["cgroup", "cgroup2"])
+def cgroup(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ResourceController]:
+    """The devices' of a pod with sandbox_cgroup_only; this process is in it."""
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    (tmp_path / "mountinfo").write_text("\n".join(each for each in mounts if f" - {request.param} " in each))
+    hierarchies = [
+        each
+        for each in find_hierarchies(tmp_path / "mountinfo")
+        if each.is_v2 or "devices" in each.controllers
+    ]
+    if not hierarchies:
+        pytest.skip(f"this host has no such {request.param}")
+    controller = ResourceController(f"/kata-py-unit-test-{secrets.token_hex(3)}", hierarchies)
+    controller.create()
+    try:
+        nothing = [{"allow": False, "access": "rwm"}]
+        controller.update_devices(sandbox_rules(nothing, sandbox_cgroup_only=True, debug=False, others=[]))
+        controller.add_process(os.getpid())
+        yield controller
+    finally:
+        controller.delete()
+
+
+@pytest.mark.parametrize("model", [InterworkingModel.MACVTAP, InterworkingModel.NONE])
+def test_of_macvtaps_a_pod_may_open_its_own_alone_and_only_once(
+    namespace: Namespace, cgroup: ResourceController, model: InterworkingModel, tmp_path: Path
+) -> None:
+    """Whatever number the driver has, which a host that has just loaded it did not know before."""
+
+    async def body() -> None:
+        machine = Machine()
+        add_link(namespace, "eth0", "10.0.0.2/24")
+        if model is InterworkingModel.NONE:
+            namespace.sh("""
+                ip link add link eth0 name net1 type macvtap mode bridge; ip addr flush dev eth0
+                ip link set net1 up; ip addr add 10.1.0.2/24 dev net1
+            """)
+        network = await attached(namespace, machine, model, cgroup.devices_allowed)
+        try:
+            ((fd,),) = machine.taps.values()
+            number = os.fstat(fd).st_rdev
+            os.mknod(tmp_path / "tap", stat.S_IFCHR | 0o600, number)
+            with pytest.raises(PermissionError):
+                os.open(tmp_path / "tap", os.O_RDWR)
+            add_link(namespace, "net2", "10.2.0.2/24")
+            await network.settle()
+            assert len(machine.taps) == 2
+        finally:
+            machine.end()
+            await network.delete()
+
+    asyncio.run(body())
+
+
+def test_a_macvtap_that_may_not_be_opened_goes(namespace: Namespace, cgroup: ResourceController) -> None:
+    async def body() -> None:
+        add_link(namespace, "eth0", "10.0.0.2/24")
+        script = "ip -o link | cut -d ' ' -f 2; ip link show eth0 | grep ether; ip -o -4 addr"
+        before = namespace.sh(script)
+        network = network_of(namespace, InterworkingModel.MACVTAP)
+        with pytest.raises(KataError, match="/sys/tap: Operation not permitted"):
+            await network.attach(cast(Hypervisor, Machine()), cast(KataAgent, Machine()))
+        assert namespace.sh(script) == before
+        await network.delete()
 
     asyncio.run(body())
 
