@@ -12,10 +12,10 @@ from katautils import log as katautils_log
 from katautils import oci
 from katautils.config import load_configuration
 from katautils.factory import handle_factory
-from katautils.hooks import HookError, run_hooks
+from katautils.hooks import run_hooks
 from virtcontainers.config import ContainerConfig, ContainerType, Mount, OCISpec
 from virtcontainers.container import Container
-from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError
+from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError, KataError
 from virtcontainers.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
@@ -48,14 +48,18 @@ async def create_sandbox(
     _check_terminal(spec, container_id, terminal)
     sandbox_config = oci.sandbox_config(spec, config, bundle, container_id, rootfs)
     factory = await handle_factory(config)
+    have_hooks_begun = False
 
     async def prestart(sandbox: Sandbox) -> None:
-        await _create_hooks(sandbox_config.container, sandbox.hypervisor_pid)
+        nonlocal have_hooks_begun
+        have_hooks_begun = True
+        await _create_hooks(sandbox, sandbox_config.container)
 
     try:
         return await virtcontainers.sandbox.create_sandbox(sandbox_config, factory, prestart=prestart)
-    except HookError:
-        await _post_stop_hooks(sandbox_config.container)
+    except KataError:
+        if have_hooks_begun:
+            await _post_stop_hooks(sandbox_config.container)
         raise
 
 
@@ -77,10 +81,10 @@ async def create_container(
     config = oci.container_config(spec, bundle, container_id, rootfs)
     container = await sandbox.create_container(config)
     try:
-        await _create_hooks(config, sandbox.hypervisor_pid)
+        await _create_hooks(sandbox, config)
     except BaseException as error:
         await asyncio.shield(container.delete())
-        if isinstance(error, HookError):
+        if isinstance(error, KataError):
             await _post_stop_hooks(config)
         raise
     return container
@@ -89,9 +93,7 @@ async def create_container(
 async def start_container(container: Container) -> None:
     """Start it and run its poststart hooks, whose failures are warnings. Raises as `Container.start`."""
     await container.start()
-    config = container.config
-    pid = container.sandbox.hypervisor_pid
-    await run_hooks("poststart", config.spec, container_id=config.id, bundle=config.bundle, pid=pid)
+    await _hooks("poststart", container.sandbox, container.config)
 
 
 async def post_stop_hooks(container: Container) -> None:
@@ -99,13 +101,19 @@ async def post_stop_hooks(container: Container) -> None:
     await _post_stop_hooks(container.config)
 
 
-async def _create_hooks(config: ContainerConfig, pid: int) -> None:
+async def _create_hooks(sandbox: Sandbox, config: ContainerConfig) -> None:
     for stage in ("prestart", "createRuntime"):
-        await run_hooks(stage, config.spec, container_id=config.id, bundle=config.bundle, pid=pid)
+        await _hooks(stage, sandbox, config)
+
+
+async def _hooks(stage: str, sandbox: Sandbox, config: ContainerConfig) -> None:
+    pid = sandbox.hypervisor_pid
+    hooks = run_hooks(stage, config.spec, container_id=config.id, bundle=config.bundle, pid=pid)
+    await sandbox.while_alive(hooks)
 
 
 async def _post_stop_hooks(config: ContainerConfig) -> None:
-    # They run as well when a hook of the creation has failed: runtime-spec, runtime.md#lifecycle.
+    # They run as well when the creation has failed after others: runtime-spec, runtime.md#lifecycle.
     await run_hooks("poststop", config.spec, container_id=config.id, bundle=config.bundle, pid=0)
 
 

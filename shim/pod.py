@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from katautils import create as katautils_create
+from katautils.hooks import HookError
 from katautils.oci import CRI_O_CONTAINER_TYPE
 from shim.events import Publisher
 from shim.protocols import events_pb2, types_pb2
@@ -251,7 +252,8 @@ class Pod:
                 self._adopt(sandbox, container_id)
                 await self._serve_management(sandbox)
         except KataError as error:
-            if not _NO_COMMAND.search(str(error)):
+            # A hook's words may be the same.
+            if isinstance(error, HookError) or not _NO_COMMAND.search(str(error)):
                 await init.io.close()
                 raise
             # A user expects what a shell does: a process that says so and ends with 127.

@@ -8,9 +8,9 @@ import logging
 import os
 import re
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from virtcontainers import cleanup, persist
 from virtcontainers.agent import KataAgent
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from virtcontainers.network.port_forward import PortForward
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 """As containerd's identifiers: ids become names of files."""
@@ -369,6 +371,21 @@ class Sandbox:
             if self.is_ending:
                 raise UnavailableError(f"sandbox {self.id} is being ended: {error}") from error
             raise
+
+    async def while_alive(self, work: Coroutine[Any, Any, T]) -> T:
+        """Its result; for what would not notice the machine's death itself. It is cancelled when that comes
+        first: raises UnavailableError, with why."""
+        assert self._machine_watch is not None
+        task = asyncio.create_task(work)
+        async with self._told_of_death():
+            try:
+                await asyncio.wait({task, self._machine_watch}, return_when=asyncio.FIRST_COMPLETED)
+                if not task.done():
+                    raise UnavailableError("its machine has ended")
+                return task.result()
+            finally:
+                task.cancel()
+                await asyncio.wait({task})
 
     def _constrain(self) -> None:
         assert self._vm is not None

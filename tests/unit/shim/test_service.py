@@ -17,6 +17,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.message import Message
 
 import shim.pod
+from katautils.hooks import HookError
 from shim.pod import Pod
 from shim.protocols import cgroups_v2_pb2, events_pb2
 from shim.protocols import task_v2_pb2 as api
@@ -244,6 +245,16 @@ def test_a_missing_command_ends_with_127_and_says_why(tmp_path: Path) -> None:
         await shim.task.start(api.StartRequest(id="c1", exec_id="e1"))
         assert await shim.wait("c1", "e1") == 127
         assert "no-such-exec" in shim.output("e1")
+
+    run(tmp_path, body)
+
+
+def test_a_hook_that_misses_a_command_is_a_failure(tmp_path: Path) -> None:
+    async def body(shim: Shim) -> None:
+        shim.kata.refuse = HookError("createRuntime hook /h: exec: executable file not found in $PATH")
+        with pytest.raises(StatusError, match="createRuntime hook /h"):
+            await shim.create("c1")
+        await refused(Code.NOT_FOUND, shim.state())
 
     run(tmp_path, body)
 
