@@ -92,14 +92,14 @@ def find_hierarchies(
 ) -> list[Hierarchy]:
     """All of v1 where there is a controller in one, else v2's."""
     own: dict[str, PurePosixPath] = {}
-    for line in cgroup.read_text().splitlines():
+    for line in _lines(cgroup):
         _, names, path = line.split(":", 2)
         own.update(dict.fromkeys(names.split(","), PurePosixPath(path)))
     found: dict[str, Hierarchy] = {}
     unified: list[Hierarchy] = []
-    for line in mountinfo.read_text().splitlines():
+    for line in _lines(mountinfo):
         left, _, right = line.partition(" - ")
-        _, _, _, root, mount_point, *_ = left.split()
+        _, _, _, root, mount_point, *_ = left.split(" ")
         fstype, _, options = right.split(" ", 2)
         if fstype == "cgroup2":
             home = _home(Path(mount_point), root, own.get(""))
@@ -111,6 +111,11 @@ def find_hierarchies(
                 home = _home(Path(mount_point), root, own.get(min(controllers)))
                 found.setdefault(name, Hierarchy(Path(mount_point), controllers, home))
     return list(found.values()) or unified[:1]
+
+
+def _lines(path: Path) -> list[str]:
+    """As the kernel joined them: names have whatever else str.splitlines splits at, or is no text."""
+    return os.fsdecode(path.read_bytes()).split("\n")[:-1]
 
 
 def _home(mount_point: Path, root: str, path: PurePosixPath | None) -> Path | None:
@@ -257,7 +262,9 @@ class ResourceController:
 
 
 def _make(hierarchy: Hierarchy, directory: Path) -> None:
-    if directory == hierarchy.mount_point or directory.is_dir():
+    # Of cpusets one that is there may have been made by another pod just now, which has still to fill it.
+    is_filled = "cpuset" not in hierarchy.controllers
+    if directory == hierarchy.mount_point or (is_filled and directory.is_dir()):
         return
     _make(hierarchy, directory.parent)
     if hierarchy.is_v2:

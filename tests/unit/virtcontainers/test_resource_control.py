@@ -76,6 +76,14 @@ def test_the_hierarchies_of_a_host(
     assert find_hierarchies(tmp_path / "mountinfo", tmp_path / "cgroup") == expected
 
 
+def test_what_else_is_mounted_on_a_host_may_have_any_name(tmp_path: Path) -> None:
+    odd = OTHER.encode().replace(b" / rw", b" /mnt/\xff\xc2\x85\xe2\x80\xa8\x0c rw")
+    (tmp_path / "mountinfo").write_bytes(odd + V2.encode())
+    (tmp_path / "cgroup").write_bytes(b"1:name=systemd:/\xff\xc2\x85\n0::/\n")
+    (hierarchy,) = find_hierarchies(tmp_path / "mountinfo", tmp_path / "cgroup")
+    assert hierarchy.mount_point == Path("/sys/fs/cgroup/unified")
+
+
 @pytest.mark.parametrize(
     ("root", "cgroup", "home"),
     [
@@ -163,6 +171,23 @@ def test_a_cgroup_holds_a_process_and_goes(
         parent.delete()
     for hierarchy in hierarchies:
         assert not (hierarchy.mount_point / parent.path.lstrip("/")).exists()
+
+
+def test_a_cpuset_that_another_pod_is_still_making_is_filled(process: subprocess.Popen[bytes]) -> None:
+    """On a cold host several make the one above theirs at once, which is born empty."""
+    hierarchies = [each for each in find_hierarchies() if "cpuset" in each.controllers]
+    if os.geteuid() != 0 or not hierarchies:
+        pytest.skip("this needs root, and cgroup v1's cpuset")
+    parent = ResourceController(f"/{CGROUP}", hierarchies)
+    controller = ResourceController(f"{parent.path}/kata_pod", hierarchies)
+    (hierarchies[0].mount_point / CGROUP).mkdir()
+    try:
+        controller.create()
+        controller.add_process(process.pid)
+        assert controller.pids() == {process.pid}
+    finally:
+        controller.delete()
+        parent.delete()
 
 
 def test_who_is_left_in_a_cgroup_of_v2_goes_where_processes_may_be(process: subprocess.Popen[bytes]) -> None:
