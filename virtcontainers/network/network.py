@@ -8,7 +8,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,20 @@ class Network:
         async with self._lock:
             self._drain()
         if self._is_stale or not self._guest_knows:
-            await self._sync(strict=True)
+            await self._until_closed(self._sync(strict=True))
+
+    async def _until_closed(self, work: Coroutine[Any, Any, None]) -> None:
+        """Raises UnavailableError when `close` comes first: it ends the work."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        try:
+            await task
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if self._machine is not None or (caller is not None and caller.cancelling()):
+                raise
+            raise UnavailableError(f"{self._where}: its machine has ended") from None
 
     async def close(self) -> None:
         """The machine has ended, or is about to: nothing is done to it any more. Idempotent."""

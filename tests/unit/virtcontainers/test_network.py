@@ -22,7 +22,7 @@ from tests.unit.descriptors import open_descriptors
 from virtcontainers.agent import KataAgent
 from virtcontainers.config import HypervisorConfig, NetworkConfig
 from virtcontainers.device_cgroup import DeviceRule, sandbox_rules
-from virtcontainers.errors import FailedPreconditionError, KataError
+from virtcontainers.errors import FailedPreconditionError, KataError, UnavailableError
 from virtcontainers.hypervisor.base import Hypervisor, NetDevice, QMPFailed
 from virtcontainers.network.endpoints import InterworkingModel
 from virtcontainers.network.network import Network
@@ -214,6 +214,26 @@ def test_what_the_machine_refused_is_tried_again_by_itself_until_the_pods_end(
     asyncio.run(body())
 
 
+def test_the_pods_end_ends_a_look_at_its_network(namespace: Namespace) -> None:
+    """Which a container that is being started has asked for, and which would else go on without a machine."""
+
+    async def body() -> None:
+        machine = Machine()
+        network = await attached(namespace, machine)
+        add_link(namespace, "eth0", "10.0.0.2/24")
+        settling = asyncio.create_task(network.settle())
+        await until(lambda: len(network._background) > 0)
+        await network.close()
+        await network.delete()
+        with pytest.raises(UnavailableError, match="its machine has ended"):
+            await settling
+        assert machine.taps == {}
+        assert "tap0_kata" not in namespace.sh("ip -o link show")
+        assert "ingress" not in namespace.sh("tc qdisc show")
+
+    asyncio.run(body())
+
+
 def test_pyroute2_is_imported_for_a_namespace_with_links_alone(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,7 +385,9 @@ def test_a_namespace_that_has_a_pod_is_refused(namespace: Namespace, model: Inte
 def cgroup(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ResourceController]:
     """The devices' of a pod with sandbox_cgroup_only; this process is in it."""
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    (tmp_path / "mountinfo").write_text("\n".join(each for each in mounts if f" - {request.param} " in each))
+    (tmp_path / "mountinfo").write_text(
+        "".join(f"{each}\n" for each in mounts if f" - {request.param} " in each)
+    )
     hierarchies = [
         each
         for each in find_hierarchies(tmp_path / "mountinfo")
