@@ -27,7 +27,7 @@ async def cleanup(sandbox_id: str, container_id: str) -> None:
         log.info("%s", error, extra={"sandbox": sandbox_id})
         state = persist.SandboxState(id=sandbox_id, shim_pid=0)
     failures: list[KataError] = []
-    if state.hypervisor and (container_id == sandbox_id or not _is_shim(state.shim_pid)):
+    if state.hypervisor and (container_id == sandbox_id or not _is_shim(state.shim_pid, sandbox_id)):
         from virtcontainers.hypervisor.qemu import Qemu
 
         try:
@@ -68,12 +68,13 @@ async def cleanup(sandbox_id: str, container_id: str) -> None:
         raise failures[0]
 
 
-def _is_shim(pid: int) -> bool:
-    """Whether the pid is still a shim of ours: pids are used again."""
+def _is_shim(pid: int, sandbox_id: str) -> bool:
+    """Whether the pid is still the pod's shim: pids are used again, by others' shims, too."""
     try:
-        return b"containerd-shim-kata-py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+    return b"containerd-shim-kata-py" in command and f"-id\0{sandbox_id}\0".encode() in command
 
 
 def remove_host_state(sandbox_id: str) -> None:

@@ -76,7 +76,7 @@ def _running() -> Iterator[Containerd]:
         if not process.name.isdigit():
             continue
         try:
-            if (process / "comm").read_text() != "containerd\n":
+            if (process / "comm").read_bytes() != b"containerd\n":
                 continue
             program = (process / "exe").readlink()
         except PermissionError:

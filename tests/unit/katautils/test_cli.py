@@ -288,6 +288,18 @@ def test_a_containerd_that_runs_is_found_with_its_path(tmp_path: Path) -> None:
         process.wait()
 
 
+def test_processes_of_any_name_are_no_containerds(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"\xff")
+    odd.symlink_to("/bin/sleep")
+    with subprocess.Popen([odd, "60"]) as process:
+        try:
+            while Path(f"/proc/{process.pid}/comm").read_bytes() != b"\xff\n":
+                time.sleep(0.01)
+            assert process.pid not in {each.pid for each in containerd.find_containerds()}
+        finally:
+            process.kill()
+
+
 def test_a_shim_that_containerd_does_not_find_is_a_failure_with_the_way_out(
     program: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
