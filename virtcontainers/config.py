@@ -18,6 +18,9 @@ OCISpec = dict[str, Any]
 RUN_VC = Path("/run/vc")
 """Root of `sbs/<sandbox>` (persisted state) and `vm/<sandbox>` (sockets, logs), as in Kata."""
 
+MAX_SOCKET_PATH_BYTES = 107
+"""unix(7): sun_path, with its end."""
+
 SHARED_SANDBOXES = Path("/run/kata-containers/shared/sandboxes")
 """Host side of what guests see: `<sandbox>/{mounts,shared}`."""
 

@@ -14,6 +14,7 @@ from katautils.config.files import ParsedConfig, Setting, as_toml, find_configur
 from katautils.config.schema import TABLES_BY_NAME
 from katautils.config.warn import key_warning
 from virtcontainers.config import (
+    MAX_SOCKET_PATH_BYTES,
     Accel,
     AgentConfig,
     AgentTransport,
@@ -31,8 +32,6 @@ MAX_VCPUS = 240
 MIN_MEMORY_MIB = 256
 MAX_BRIDGES = 5
 MAX_PCIE_PORTS = 16
-MAX_SOCKET_PATH_BYTES = 107
-"""unix(7): sun_path, with its end."""
 
 _ALLOW_LISTS = ("hypervisor_paths", "virtio_fs_daemon_paths", "entropy_sources")
 """What follows `valid_`: for the annotations, not for the library."""

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agent_client.transports import AgentAddress, HybridVsockAddress, SerialAddress, VsockAddress
-from virtcontainers.config import RUN_VC, Accel, AgentConfig, AgentTransport, HypervisorConfig, SharedFS
+from virtcontainers.config import (
+    MAX_SOCKET_PATH_BYTES,
+    RUN_VC,
+    Accel,
+    AgentConfig,
+    AgentTransport,
+    HypervisorConfig,
+    SharedFS,
+)
 from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError
 from virtcontainers.hypervisor import capabilities, hotplug_net
 from virtcontainers.hypervisor.accel import decide_accel
@@ -183,7 +191,22 @@ class Qemu(Hypervisor):
             host_memory_mib=host_memory_mib(),
             plugs_hvsock=self._plugs_hvsock,
         )
+        self._require_addressable()
         self.state = VMState.CREATED
+
+    def _require_addressable(self) -> None:
+        """Raise InvalidArgumentError for an id that makes the path of a socket longer than an address."""
+        sockets = [self.files.qmp_socket, self.files.agent_socket]
+        if self._virtiofsd is not None:
+            sockets.append(self.files.virtiofsd_socket)
+        if self._vhost_device_vsock is not None:
+            sockets.append(self.files.vhost_vsock_socket)
+        longest = max(sockets, key=lambda path: len(os.fsencode(path)))
+        if (size := len(os.fsencode(longest))) > MAX_SOCKET_PATH_BYTES:
+            raise InvalidArgumentError(
+                f"id {self.id!r} is {size - MAX_SOCKET_PATH_BYTES} bytes too long: found a socket's path of "
+                f"{size} bytes, {longest}, expected at most {MAX_SOCKET_PATH_BYTES}"
+            )
 
     @property
     def command_line(self) -> QemuCommandLine:

@@ -65,6 +65,33 @@ def test_another_machine_type_is_refused(tmp_path: Path, config: HypervisorConfi
         machine(tmp_path, replace(config, machine_type="microvm")).create_vm()
 
 
+def test_an_id_that_is_too_long_for_its_sockets_is_refused(config: HypervisorConfig) -> None:
+    """containerd's have 76 bytes at most, which fit in any case."""
+
+    def plan(size: int, shared_fs: SharedFS) -> None:
+        agent = AgentConfig(transport=AgentTransport.SERIAL)
+        daemon = Path("/bin/true")
+        Qemu(
+            "x" * size,
+            replace(config, shared_fs=shared_fs, virtio_fs_daemon=daemon),
+            agent,
+            shared_path=Path("/shared"),
+        ).create_vm()
+
+    for shared_fs, most, name in (
+        (SharedFS.VIRTIO_9P, 85, "agent.sock"),
+        (SharedFS.VIRTIO_FS, 81, "virtiofsd.sock"),
+    ):
+        plan(most, shared_fs)
+        too_long = "x" * (most + 2)
+        with pytest.raises(InvalidArgumentError) as refused:
+            plan(most + 2, shared_fs)
+        assert str(refused.value) == (
+            f"id '{too_long}' is 2 bytes too long: found a socket's path of 109 bytes, "
+            f"/run/vc/vm/{too_long}/{name}, expected at most 107"
+        )
+
+
 @pytest.mark.parametrize("has_dax", [True, False])
 def test_a_cache_size_needs_a_qemu_that_has_it(
     tmp_path: Path, config: HypervisorConfig, has_dax: bool
