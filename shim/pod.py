@@ -547,7 +547,11 @@ class Pod:
             if self._teardown is not None:
                 await self._teardown
             await self._end_all()
-            await self._delete_sandbox()
+            try:
+                await self._delete_sandbox()
+            except KataError as error:
+                # containerd is still to hear of the ends, and to call `delete`.
+                log.error("something of the pod stays: %s", error)
 
     async def _watch_machine(self, sandbox: Sandbox) -> None:
         try:

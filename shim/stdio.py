@@ -219,11 +219,18 @@ class ProcessIO:
         return self._read + self._stdout.written + (self._stderr.written if self._stderr else 0)
 
     async def _copy_output(self, read: Callable[[int], Awaitable[bytes]], sink: Sink) -> None:
+        """To its end, also where it cannot be written: a process whose output nobody reads stands still."""
+        is_told = False
         try:
             while data := await read(CHUNK_BYTES):
                 self._read += len(data)
-                await sink.write(data)
-        except (KataError, OSError) as error:
+                try:
+                    await sink.write(data)
+                except OSError as error:
+                    if not is_told:
+                        log.warning("output is lost: %s", error)
+                    is_told = True
+        except KataError as error:
             log.warning("output ends early: %s", error)
         finally:
             sink.close()

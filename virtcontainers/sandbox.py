@@ -214,7 +214,7 @@ class Sandbox:
         if config.agent.policy:
             # Before anything else is asked: an agent that cannot enforce it gets no pod.
             await self.agent.set_policy(config.agent.policy)
-        await asyncio.gather(
+        await _together(
             self.agent.get_guest_details(),
             self.agent.create_sandbox(
                 self.id,
@@ -229,7 +229,7 @@ class Sandbox:
         )
         await self.update_resources()
         # While the guest is at work: no port is asked for before.
-        await asyncio.gather(container.create(), self._forward_ports())
+        await _together(container.create(), self._forward_ports())
 
     async def _attach_network(self) -> None:
         assert self._vm is not None
@@ -582,6 +582,17 @@ class Sandbox:
             c.id: str(c.config.rootfs.target) for c in self.containers.values() if c.is_root_mounted
         }
         persist.store(self._state)
+
+
+async def _together(*works: Coroutine[Any, Any, None]) -> None:
+    """The first failure ends the others: what they do would come after it was undone."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 def _dns(container: Container) -> list[str]:

@@ -26,7 +26,7 @@ from shim.protocols.task_types_pb2 import CREATED, PAUSED, RUNNING, STOPPED
 from shim.service import TaskService, map_error
 from tests.unit.shim.local_sandbox import LocalKata, until
 from ttrpc import Client, Code, ConnectionClosed, Server, StatusError
-from virtcontainers.errors import InvalidArgumentError, UnavailableError
+from virtcontainers.errors import InvalidArgumentError, KataError, UnavailableError
 
 TIMEOUT_S = 120
 PID = 4711
@@ -460,6 +460,26 @@ def test_an_end_from_outside_is_published_too(tmp_path: Path) -> None:
         assert {exit_.id for exit_ in shim.events.of(events_pb2.TaskExit)} == {"c1", "c2"}
         assert shim.kata.sandbox and shim.kata.sandbox.is_deleted
         await refused(Code.UNAVAILABLE, shim.create("c3"))
+
+    run(tmp_path, body)
+
+
+def test_what_stays_of_a_pod_does_not_end_the_shim_before_its_news(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(shim: Shim) -> None:
+        await shim.run("c1", "sleep", "1000")
+        sandbox = shim.kata.sandbox
+        assert sandbox
+
+        async def delete() -> None:
+            raise KataError("cgroup /vc/kata_c1: Device or resource busy")
+
+        setattr(sandbox, "delete", delete)  # noqa: B010
+        await shim.pod.close()
+        assert {exit_.id for exit_ in shim.events.of(events_pb2.TaskExit)} == {"c1"}
+        assert "something of the pod stays: cgroup /vc/kata_c1" in caplog.text
+        del sandbox.delete
 
     run(tmp_path, body)
 

@@ -98,6 +98,22 @@ def test_megabytes_through_cat_come_back_whole(tmp_path: Path) -> None:
     run(body)
 
 
+def test_output_that_cannot_be_written_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
+    """On a disk that is full, say."""
+
+    async def body() -> None:
+        io = await ProcessIO.open(Stdio("", "file:///dev/full", "", False), "default", "p")
+        process = await spawn("head", "-c", str(MIB), "/dev/zero")
+        io.start(process)
+        assert await process.wait() == 0
+        await io.drain(TIMEOUT_S)
+        await io.close()
+        lost = [each.getMessage() for each in caplog.records if "output is lost" in each.getMessage()]
+        assert lost == ["output is lost: [Errno 28] No space left on device"]
+
+    run(body)
+
+
 def test_a_client_that_goes_is_not_the_end_of_stdin(tmp_path: Path) -> None:
     async def body() -> None:
         client = Client(tmp_path)

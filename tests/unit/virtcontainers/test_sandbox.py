@@ -28,7 +28,7 @@ from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError,
 from virtcontainers.factory import Factory
 from virtcontainers.factory.direct import Direct
 from virtcontainers.persist import sandbox_dir
-from virtcontainers.sandbox import Sandbox, _dns, create_sandbox
+from virtcontainers.sandbox import Sandbox, _dns, _together, create_sandbox
 from virtcontainers.vm import VM, VMConfig
 
 
@@ -86,6 +86,28 @@ def test_a_pod_that_is_being_ended_takes_no_container(tmp_path: Path) -> None:
         with pytest.raises(UnavailableError, match="container late: sandbox ending is being ended"):
             await sandbox.create_container(replace(config.container, id="late"))
         assert sandbox.containers == {}
+
+    asyncio.run(body())
+
+
+def test_of_works_done_together_none_outlives_the_failure_of_one() -> None:
+    async def body() -> None:
+        undone = []
+
+        async def stay() -> None:
+            try:
+                await asyncio.sleep(1000)
+            finally:
+                await asyncio.sleep(0)
+                undone.append("stay")
+
+        async def fail() -> None:
+            await asyncio.sleep(0)
+            raise FailedPreconditionError("no")
+
+        with pytest.raises(FailedPreconditionError, match="no"):
+            await _together(stay(), fail(), asyncio.sleep(0))
+        assert undone == ["stay"]
 
     asyncio.run(body())
 
