@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 
 from virtcontainers.agent import KataAgent
 from virtcontainers.errors import DeadlineExceededError, KataError, UnavailableError, UnimplementedError
-from virtcontainers.hypervisor.base import HypervisorError, QMPFailed
+from virtcontainers.hypervisor.base import HypervisorError
 from virtcontainers.hypervisor.hotplug import NotOnline
 from virtcontainers.hypervisor.qemu import Qemu
 
@@ -179,7 +179,7 @@ class Online:
         """Who was not answered because the machine has ended says that, and why it has."""
         try:
             yield
-        except (QMPFailed, UnavailableError) as error:
+        except UnavailableError as error:
             try:
                 async with asyncio.timeout(_DEATH_TIMEOUT_S):
                     reason = await self._hypervisor.wait_dead()

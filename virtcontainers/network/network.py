@@ -323,10 +323,15 @@ class Network:
             asyncio.get_running_loop().remove_reader(self._watch)
             try:
                 await self._apply(await self._look(strict=strict))
-            except BaseException:
+            except BaseException as error:
                 # What has no card is new again next time, and the guest is told of the others anew.
+                cardless = [each.to_connect(self._id) for each in self.endpoints if not each.pci_path]
                 self.endpoints = [each for each in self.endpoints if each.pci_path]
                 self._guest_knows = False
+                if cardless and isinstance(error, KataError):
+                    # A link has its addresses no more while a macvtap is on it, and would be nobody's.
+                    with contextlib.suppress(KataError):
+                        await _disconnect(self._namespace, cardless)
                 if self._machine is not None:
                     self._schedule_look(self._retry_s)
                     self._retry_s = min(2 * self._retry_s, _MOST_RETRY_S)

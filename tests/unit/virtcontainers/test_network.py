@@ -183,6 +183,35 @@ def test_what_the_machine_refused_is_told_and_tried_again(
     asyncio.run(body())
 
 
+def test_a_link_whose_macvtap_the_machine_refused_is_as_it_was(
+    namespace: Namespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("virtcontainers.network.network._RETRY_S", 1000)
+
+    async def body() -> None:
+        machine = Machine()
+        network = await attached(namespace, machine, InterworkingModel.MACVTAP)
+        try:
+            machine.refuses_cards = True
+            namespace.sh(
+                "ip link add net1 address 02:00:00:00:00:01 type veth peer name peer; ip link set net1 up"
+            )
+            namespace.sh("ip addr add 10.1.0.2/24 dev net1")
+            await logged(caplog, "the pod's network is not what its namespace has: QMP")
+            assert "02:00:00:00:00:01" in namespace.sh("ip link show net1")
+            assert "10.1.0.2/24" in namespace.sh("ip -o -4 addr show net1")
+            assert "tap0_kata" not in namespace.sh("ip -o link show")
+            machine.refuses_cards = False
+            await network.settle()
+            assert [each.address for each in machine.interfaces["net1"].IPAddresses][:1] == ["10.1.0.2"]
+        finally:
+            await network.close()
+            machine.end()
+            await network.delete()
+
+    asyncio.run(body())
+
+
 def test_what_the_machine_refused_is_tried_again_by_itself_until_the_pods_end(
     namespace: Namespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
