@@ -20,7 +20,7 @@ from virtcontainers.hypervisor.qemu_cmdline import MachineFiles, Option, plan
 from virtcontainers.hypervisor.vhost_vsock import resolve_transport
 from virtcontainers.vm import VMConfig
 
-FORMAT = 1
+FORMAT = 2
 """Of template.json and of how a template is booted; another one never fits."""
 
 _LISTS = ("kernel_params", "devices")

@@ -57,6 +57,7 @@ from virtcontainers.hypervisor.qemu_cmdline import (
     virtio_fs_device,
 )
 from virtcontainers.hypervisor.qmp import COMMAND_TIMEOUT_S, QMP
+from virtcontainers.hypervisor.tsc import tsc_khz
 from virtcontainers.hypervisor.vhost_vsock import (
     VHOST_DEVICE_VSOCK,
     GuestCID,
@@ -263,7 +264,8 @@ class Qemu(Hypervisor):
                 fds["vsock"] = self._vsock_connection.fileno()
             memory_fd = self._own_memory(stack) if self._copies_memory else -1
             fds["memory"] = memory_fd
-            argv = self.command_line.argv(fds)
+            khz = await tsc_khz() if self.command_line.calibrates_tsc else None
+            argv = self.command_line.argv(fds, tsc_khz=khz)
             self._log.debug("starting %s", argv)
             self._qemu = MachineProcess.start(
                 "qemu",

@@ -116,6 +116,18 @@ def test_kvm_takes_the_hosts_cpu() -> None:
     assert value(command_line, "-cpu") == "host,pmu=off"
 
 
+def test_an_emulated_guest_is_told_how_fast_its_time_stamp_counter_runs() -> None:
+    """But the user's word is the last, and a clone remembers."""
+    command_line = planned(kernel_params="tsc_early_khz=1")
+    assert command_line.calibrates_tsc
+    argv = command_line.argv(FDS, tsc_khz=2599998)
+    told, *_, last = argv[argv.index("-append") + 1].split()
+    assert (told, last) == ("tsc_early_khz=2599998", "tsc_early_khz=1")
+    assert not planned(accel=Accel.KVM).calibrates_tsc
+    clone = {"memory_path": Path("/m"), "devices_state_path": Path("/s"), "boot_from_template": True}
+    assert not planned(**clone).calibrates_tsc
+
+
 @pytest.mark.parametrize(("model", "shown"), [("", "max"), ("host", "max"), ("EPYC", "EPYC")])
 def test_an_emulated_cpu_is_never_the_hosts(model: str, shown: str) -> None:
     assert value(planned(cpu_model=model), "-cpu") == shown
