@@ -94,6 +94,9 @@ class Factory:
                     1000 * (clock() - started_at),
                     extra={"sandbox": vm_id},
                 )
+            else:
+                # The clock that it has from its RTC knows no parts of a second.
+                await vm.sync_time()
             await _grow(vm, config)
         except BaseException:
             await asyncio.shield(vm.stop())
