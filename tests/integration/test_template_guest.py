@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import itertools
 import os
+import random
+import re
+import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +31,12 @@ from virtcontainers.config import (
     SharedFS,
 )
 from virtcontainers.factory import Factory
+from virtcontainers.factory.direct import Direct
 from virtcontainers.factory.template import Template, destroy
 from virtcontainers.hypervisor import virtiofsd
 from virtcontainers.hypervisor.balloon import squeeze
 from virtcontainers.hypervisor.base import Persisted, VMState
+from virtcontainers.hypervisor.tsc import tsc_khz
 from virtcontainers.vm import VM, VMConfig
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="machines need root")
@@ -237,6 +242,86 @@ def test_a_clone_of_an_old_template_lives_in_the_present(
             assert least < 0.1 and most > -0.1
 
     asyncio.run(body())
+
+
+def test_a_guests_clock_goes_on_while_qemu_does_not_run(template: Template, shared: Path) -> None:
+    async def body() -> None:
+        get = Factory(template).get_vm
+        async with running(
+            await get(new_id(), template.config, shared_path=shared, on_planned=ignore_plan)
+        ) as vm:
+            await assert_told_the_rate(vm)
+            least, most = await clock_is_off_by(vm)
+            os.kill(vm.hypervisor.pid, signal.SIGSTOP)
+            # The ACPI timer, which is the next best clock that it has, begins anew after 4.7 s.
+            await asyncio.sleep(6)
+            os.kill(vm.hypervisor.pid, signal.SIGCONT)
+            least_then, most_then = await clock_is_off_by(vm)
+            assert least_then < most + 0.1 and most_then > least - 0.1
+
+    asyncio.run(body())
+
+
+def test_a_machine_that_starves_as_it_boots_keeps_the_hosts_time(config: VMConfig, shared: Path) -> None:
+    """One that counted its TSC's ticks itself would take several times too many in one of five such boots."""
+    kernel_params = "earlyprintk=ttyS0 ignore_loglevel"
+    talking = VMConfig(replace(config.hypervisor, kernel_params=kernel_params), config.agent)
+
+    async def starve(planned: asyncio.Future[Persisted]) -> None:
+        directory = Path((await planned)["directory"])
+        console = directory / "console.log"
+        # QEMU writes its pid before the guest says a word.
+        await until(lambda: console.exists() and "ignoring loglevel" in console.read_text(errors="replace"))
+        pid = int((directory / "pid").read_text())
+        while "Detected" not in console.read_text(errors="replace"):
+            # As long as the PIT takes for a whole round: by it, nothing has happened.
+            await asyncio.to_thread(stop_for, pid, 0x10000 / 1193182)
+            await asyncio.sleep(random.uniform(0, 0.002))
+
+    async def body() -> None:
+        planned: asyncio.Future[Persisted] = asyncio.get_running_loop().create_future()
+
+        def on_planned(persisted: Persisted, share_of: str | None = None) -> None:
+            planned.set_result(persisted)
+
+        starving = asyncio.create_task(starve(planned))
+        get = Factory(Direct(talking)).get_vm
+        vm = await get(new_id(), talking, shared_path=shared, on_planned=on_planned)
+        async with running(vm):
+            await asyncio.wait_for(starving, 60)
+            await assert_told_the_rate(vm)
+            least, most = await clock_is_off_by(vm)
+            assert least < 0.1 and most > -0.1
+            await asyncio.sleep(2)
+            least_then, most_then = await clock_is_off_by(vm)
+            assert least_then < most + 0.1 and most_then > least - 0.1
+
+    asyncio.run(body())
+
+
+async def until(look: Callable[[], bool]) -> None:
+    async with asyncio.timeout(120):
+        while not look():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+def stop_for(pid: int, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(seconds - 0.002)
+        while time.monotonic() < until:
+            pass
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+async def assert_told_the_rate(vm: VM) -> None:
+    log = await run_in_guest(vm, "dmesg")
+    (mhz,) = re.findall(r"tsc: Detected (\S+) MHz processor", log)
+    khz = await tsc_khz()
+    assert khz is not None and abs(float(mhz) * 1000 - khz) < khz / 200
+    assert "reference calibration" not in log and "calibration value" not in log
 
 
 def mount_share(tag: str, point: str) -> agent_pb2.CreateSandboxRequest:
