@@ -318,13 +318,16 @@ def logs(client: Client, args: argparse.Namespace) -> int:
         lines = file.readlines()
         for line in lines[len(lines) - args.tail if 0 <= args.tail < len(lines) else 0 :]:
             _show_log(line)
+        has_ended = False
         while args.follow:
             if line := file.readline():
                 _show_log(line)
-            elif _container_status(client, container).status.state == cri.CONTAINER_EXITED:
+            elif has_ended:
                 break
             else:
-                time.sleep(0.2)
+                # What it has written until then is still to be read.
+                has_ended = _container_status(client, container).status.state == cri.CONTAINER_EXITED
+                time.sleep(0 if has_ended else 0.2)
     return 0
 
 

@@ -34,6 +34,14 @@ TEST_IMAGE = "docker.io/library/busybox:latest"
 RUNTIME = "io.containerd.kata-py.v2"
 STANDARD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+# By default a shim is dead that takes 2 to 5 s for its answer, on a host however busy.
+_TIMEOUTS = """[timeouts]
+  "io.containerd.timeout.shim.cleanup" = "2m"
+  "io.containerd.timeout.shim.load" = "2m"
+  "io.containerd.timeout.shim.shutdown" = "2m"
+  "io.containerd.timeout.task.state" = "2m"
+"""
+
 Settings = Mapping[str, Mapping[str, Any]]
 """Section ("hypervisor.qemu") to keys and values, as in Kata's configuration.toml."""
 
@@ -47,8 +55,8 @@ def write_kata_config(path: Path, settings: Settings | None = None) -> Path:
             "default_memory": 256,
         },
         # An emulated machine is slow on a host that is busy.
-        "agent.kata": {"dial_timeout": 120},
-        "runtime": {"create_container_timeout": 120},
+        "agent.kata": {"dial_timeout": 300},
+        "runtime": {"create_container_timeout": 300},
     }
     for section, values in (settings or {}).items():
         merged.setdefault(section, {}).update(values)
@@ -151,7 +159,8 @@ class Containerd:
         self.ctr("-n", namespace, "images", "import", str(archive), check=True)
         # The CRI plugin hears of it by an event.
         deadline = time.monotonic() + 60
-        while namespace == private_cri.NAMESPACE and image.rpartition(":")[0] not in self.crictl("images"):
+        name = image.rpartition(":")[0]
+        while namespace == private_cri.NAMESPACE and name not in self._crictl("images").stdout:
             if time.monotonic() > deadline:
                 raise ContainerdError(f"the CRI plugin does not know {image}:\n{self.log_tail()}")
             time.sleep(0.05)
@@ -205,7 +214,7 @@ class Containerd:
         return [str(self.binaries / "ctr"), "--address", str(self.address), *arguments]
 
     def ctr(
-        self, *arguments: str, check: bool = False, timeout_s: float = 120
+        self, *arguments: str, check: bool = False, timeout_s: float = 300
     ) -> subprocess.CompletedProcess[str]:
         result = subprocess.run(
             self.ctr_command(*arguments), capture_output=True, text=True, timeout=timeout_s
@@ -223,10 +232,13 @@ class Containerd:
 
     def crictl(self, *arguments: str) -> str:
         """What crictl prints. Raises ContainerdError."""
-        result = subprocess.run(self.crictl_command(*arguments), capture_output=True, text=True)
+        result = self._crictl(*arguments)
         if result.returncode:
             raise ContainerdError(f"crictl {' '.join(arguments)}: {result.stderr.strip()}\n{self.log_tail()}")
         return result.stdout
+
+    def _crictl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.crictl_command(*arguments), capture_output=True, text=True)
 
     def log_tail(self, lines: int = 15) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
@@ -262,6 +274,7 @@ disabled_plugins = {json.dumps(disabled)}
   address = "{self.address}.ttrpc"
 [debug]
   level = "debug"
+{_TIMEOUTS}
 {settings}
 {self.plugins}"""
         )

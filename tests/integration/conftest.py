@@ -193,7 +193,7 @@ def config(tmp_path: Path, guest_image: Path) -> Config:
 
 def _compare(earlier: host_state.HostState) -> None:
     __tracebackhide__ = True
-    differences = host_state.differences_after(earlier, _state_directories(), timeout_s=20)
+    differences = host_state.differences_after(earlier, _state_directories(), timeout_s=60)
     if differences:
         pytest.fail(f"the host is not as it was before:\n{differences}", pytrace=False)
 

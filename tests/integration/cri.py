@@ -118,7 +118,8 @@ class Crictl:
             "hostname": name,
             "log_directory": str(self.directory / name),
         }
-        cgroup = f"/kpy-test/{name}"
+        # Not below one that another run of tests takes away.
+        cgroup = f"/kpy-test-{host_state.RUN}/{name}"
         linux = {
             "cgroup_parent": cgroup,  # statsp looks there
             "security_context": {"namespace_options": {"pid": CONTAINER}},
@@ -130,7 +131,7 @@ class Crictl:
             pod_id = self("runp", "--runtime", handler, str(path)).stdout.strip()
             host_state.own_ids.add(pod_id)
             try:
-                yield Pod(self, pod_id, name, path)
+                yield Pod(self, pod_id, name, path, cgroup)
             finally:
                 self("rmp", "--force", pod_id, check=False)
 
@@ -149,6 +150,8 @@ class Pod:
     id: str
     name: str
     config: Path
+    cgroup: str
+    """In each hierarchy, the one that is above all of the pod's own."""
     containers: list[str] = field(default_factory=list)
 
     def create(self, name: str, *command: str, **config: Any) -> str:

@@ -26,7 +26,7 @@ T = TypeVar("T")
 Config = Callable[..., tuple[str, ...]]
 """conftest's fixture `config`. Two files are named conftest.py: none can be imported by that name."""
 
-TIMEOUT_S = 180
+TIMEOUT_S = 300
 """For anything that must happen: only a hang is longer, on the slowest machine under TCG."""
 
 _numbers = itertools.count(1)
@@ -73,6 +73,21 @@ def remove_cgroups(path: Path) -> None:
 
     for directory, _, _ in os.walk(path, topdown=False):
         wait_for(f"the end of what runs in {directory}", functools.partial(removed, Path(directory)))
+
+
+@dataclass(frozen=True)
+class Events:
+    """What containerd has published since."""
+
+    _file: Path
+    """What `ctr events` prints."""
+
+    def of(self, container_id: str) -> list[tuple[str, dict[str, Any]]]:
+        """Topic, without "/tasks/", and content of each of this container's so far, in order."""
+        # Of the last line there may be a part only.
+        lines = re.findall(r" /tasks/(\S+) (\{.*\})\n", self._file.read_text())
+        found = [(topic, json.loads(content)) for topic, content in lines]
+        return [(topic, content) for topic, content in found if content["container_id"] == container_id]
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,25 @@ class Ctr:
                     process.kill()
         finally:
             self.remove(container_id)
+
+    @contextlib.contextmanager
+    def events(self, directory: Path) -> Iterator[Events]:
+        """`ctr events`; nothing that happens from now on is missed."""
+        file = directory / "events"
+        with (
+            file.open("wb") as out,
+            subprocess.Popen(self.containerd.ctr_command("events"), stdout=out) as process,
+        ):
+
+            def heard() -> int:
+                self("namespaces", "label", "default", "harness=listens")
+                return file.stat().st_size
+
+            try:
+                wait_for("ctr to listen, which it does not tell", heard)
+                yield Events(file)
+            finally:
+                process.kill()
 
     def remove(self, container_id: str) -> None:
         """Whatever there is of the container, by force."""

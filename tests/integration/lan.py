@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from harness import TIMEOUT_S, Ctr, new_id
+from harness import TIMEOUT_S, Ctr, new_id, wait_for
 from private_cri import BRIDGE_PREFIX
 
 BRIDGE = f"{BRIDGE_PREFIX}lan"
@@ -97,6 +97,11 @@ class Namespace:
             ip link set {port} master {BRIDGE} up
             ip -n {self.name} link set {name} mtu {mtu} up
         """)
+        self.wait_up(name)
+
+    def wait_up(self, name: str) -> None:
+        """Wait for the address of its own that the kernel gives a link which is up: both come later."""
+        wait_for(f"{name} to be up", lambda: "fe80" in sh(f"ip -n {self.name} -6 addr show dev {name}"))
 
     def add_macvlan(self, name: str) -> None:
         """Without addresses; on the bridge by a link of the host's."""
@@ -108,6 +113,7 @@ class Namespace:
             ip link add link {parent} name {name} netns {self.name} type macvlan mode bridge
             ip -n {self.name} link set {name} up
         """)
+        self.wait_up(name)
 
     def add_eth0(self, mtu: int = 1500) -> None:
         """As a CNI plugin does, with addresses on the bridge and default routes to the host."""

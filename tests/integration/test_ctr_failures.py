@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -74,9 +73,7 @@ def test_an_initrd_that_is_none_shows_the_kernels_panic(
 def test_agent_that_never_answers(ctr: Ctr, container_id: str, config: Config, tmp_path: Path) -> None:
     initrd = initrd_that_sleeps(tmp_path / "no-agent.img")
     options = config({"hypervisor.qemu": {"initrd": str(initrd)}, "agent.kata": {"dial_timeout": 8}})
-    started_at = time.monotonic()
     error = refusal(ctr, container_id, options)
-    assert time.monotonic() - started_at < 100
     # What QEMU's start has left of the configured timeout.
     waited = re.search(r"no answer within ([\d.]+) s", error)
     assert waited and float(waited[1]) <= 8

@@ -1,12 +1,9 @@
 """Pods through containerd: containers that join a machine, memory that runs out, a guest that freezes."""
 
-import json
 import os
 import re
 import signal
-import subprocess
 from pathlib import Path
-from typing import Any
 
 from harness import MONITORED, Config, Ctr, new_id, processes_of, qmp, wait_for
 
@@ -27,11 +24,6 @@ def cri_o(kind: str, pod: str) -> tuple[str, ...]:
         *("--annotation", f"{prefix}.ContainerType={kind}"),
         *("--annotation", f"{prefix}.SandboxID={pod}"),
     )
-
-
-def events_of(text: str, container_id: str) -> list[tuple[str, dict[str, Any]]]:
-    found = [(topic, json.loads(body)) for topic, body in re.findall(r" /tasks/(\S+) (\{.*\})", text)]
-    return [(topic, body) for topic, body in found if body["container_id"] == container_id]
 
 
 def test_containers_of_a_pod_share_machine_and_shim(every_ctr: Ctr, container_id: str) -> None:
@@ -78,24 +70,20 @@ def test_a_container_cannot_join_a_pod_that_is_not_there(ctr: Ctr, container_id:
 
 
 def test_memory_that_runs_out_is_an_event_and_137(ctr: Ctr, container_id: str, tmp_path: Path) -> None:
-    file = tmp_path / "events"
-    with (
-        file.open("wb") as out,
-        subprocess.Popen(ctr.containerd.ctr_command("events"), stdout=out) as events,
-    ):
-        try:
-            result = ctr.run(
-                container_id,
-                *("sh", "-c", "text=a; while :; do text=$text$text; done"),
-                options=("--memory-limit", str(24 << 20)),
-            )
-            assert result.returncode == 137
-            wait_for("the end's event", lambda: "/tasks/delete" in file.read_text())
-        finally:
-            events.kill()
-    topics = [topic for topic, _ in events_of(file.read_text(), container_id)]
-    assert sorted(topics) == ["create", "delete", "exit", "oom", "start"]
-    assert topics.index("oom") < topics.index("delete")
+    with ctr.events(tmp_path) as events:
+        result = ctr.run(
+            container_id,
+            *("sh", "-c", "text=a; while :; do text=$text$text; done"),
+            options=("--memory-limit", str(24 << 20)),
+        )
+        assert result.returncode == 137
+
+        def topics() -> list[str]:
+            return [topic for topic, _ in events.of(container_id)]
+
+        wait_for("the end's event", lambda: "delete" in topics())
+        assert sorted(topics()) == ["create", "delete", "exit", "oom", "start"]
+        assert topics().index("oom") < topics().index("delete")
 
 
 def test_a_guest_that_answers_no_more_ends_its_containers(

@@ -93,8 +93,13 @@ def test_a_terminal_with_its_size_and_its_resizes(ctr: Ctr, container_id: str) -
             return wait_for("an answer", lambda: terminal.shows(r"(\d+ \d+)\r*\n"))[1]
 
         wait_for("the terminal's size", lambda: size() == "33 101")
-        terminal.resize(44, 120)
-        wait_for("the new size", lambda: size() == "44 120")
+
+        def resized() -> bool:
+            # ctr listens to SIGWINCH only some time after it has told the first size.
+            terminal.resize(44, 120)
+            return size() == "44 120"
+
+        wait_for("the new size", resized)
         terminal.type("exit 9\n")
         wait_for("the end", terminal.ended)
         assert terminal.process.returncode == 9
@@ -132,7 +137,7 @@ def test_output_into_a_binary_logger(ctr: Ctr, container_id: str, tmp_path: Path
     logger = tmp_path / "logger"
     logger.write_text(
         f'#!/bin/sh\necho "$CONTAINER_NAMESPACE $CONTAINER_ID $1 $2" >{tmp_path}/called\n'
-        f"exec 5>&-\ncat <&4 >{tmp_path}/stderr &\ncat <&3 >{tmp_path}/stdout\nwait\n"
+        f"exec >{tmp_path}/stdout 2>{tmp_path}/stderr 5>&-\ncat <&4 >&2 &\ncat <&3\nwait\n"
     )
     logger.chmod(0o755)
     script = "seq 1000; echo err >&2"

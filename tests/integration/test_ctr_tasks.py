@@ -1,10 +1,9 @@
 """A container in the background, handled with `ctr tasks`: the same life with every containerd."""
 
-import json
 import re
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,11 @@ from harness import Ctr, new_id, processes_of, wait_for
 
 @dataclass
 class Running:
-    """One container that many tests look at, and what containerd has said of it."""
+    """One container that many tests look at."""
 
     ctr: Ctr
     id: str
     shared: Path
-    events_file: Path
-    options: tuple[str, ...] = field(default=())
 
     def exec(self, *command: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[bytes]:
         return self.ctr.exec(self.id, *command, options=options)
@@ -28,15 +25,6 @@ class Running:
         result = self.exec(*command, options=options)
         assert result.returncode == 0, result.stderr
         return result.stdout.decode()
-
-    def events(self) -> list[tuple[str, dict[str, object]]]:
-        """Topic and content of each event of this container so far, in order."""
-        found = []
-        for line in self.events_file.read_text().splitlines():
-            match = re.search(r" default (/tasks/[a-z-]+) (\{.*\})", line)
-            if match and self.id in match[2]:
-                found.append((match[1], json.loads(match[2])))
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +38,8 @@ def running(every_ctr: Ctr, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         *("--mount", f"type=bind,src={shared},dst=/data,options=rbind:rw"),
     )
     script = "trap 'echo stopping > /data/end; exit 3' TERM; while :; do sleep 0.1; done"
-    events_file = directory / "events"
-    with (
-        events_file.open("wb") as file,
-        subprocess.Popen(every_ctr.containerd.ctr_command("events"), stdout=file) as events,
-    ):
-        try:
-            with every_ctr.detached(container_id, "sh", "-c", script, options=options):
-                yield Running(every_ctr, container_id, shared, events_file, options)
-        finally:
-            events.kill()
+    with every_ctr.detached(container_id, "sh", "-c", script, options=options):
+        yield Running(every_ctr, container_id, shared)
 
 
 def test_tasks_ls_shows_it_running(running: Running) -> None:
@@ -173,33 +153,23 @@ def test_metrics_are_those_of_the_container(running: Running) -> None:
 
 
 def test_a_whole_life_is_published_in_order(every_ctr: Ctr, container_id: str, tmp_path: Path) -> None:
-    file = tmp_path / "events"
     script = "trap 'echo stopping > /data/end; exit 3' TERM; touch /data/ready; while :; do sleep 0.1; done"
     options = ("--mount", f"type=bind,src={tmp_path},dst=/data,options=rbind:rw")
-    with (
-        file.open("wb") as out,
-        subprocess.Popen(every_ctr.containerd.ctr_command("events"), stdout=out) as events,
-    ):
-        try:
-            with every_ctr.detached(container_id, "sh", "-c", script, options=options):
-                running = Running(every_ctr, container_id, tmp_path, file)
-                assert running.exec("true").returncode == 0
-                every_ctr("tasks", "pause", container_id)
-                every_ctr("tasks", "resume", container_id)
-                wait_for("the trap", (tmp_path / "ready").exists)
-                every_ctr("tasks", "kill", "-s", "SIGTERM", container_id)
-                wait_for("the end", lambda: every_ctr.status(container_id) == "STOPPED")
-                assert (tmp_path / "end").read_text() == "stopping\n"
-                assert "exit code 3" in every_ctr("tasks", "rm", container_id).stderr
-                assert every_ctr.status(container_id) is None
-                every_ctr("containers", "rm", container_id)
-            wait_for(
-                "the deletion's event", lambda: "/tasks/delete" in [topic for topic, _ in running.events()]
-            )
-        finally:
-            events.kill()
-    published = running.events()
-    assert [topic.removeprefix("/tasks/") for topic, _ in published] == [
+    with every_ctr.events(tmp_path) as events:
+        with every_ctr.detached(container_id, "sh", "-c", script, options=options):
+            assert every_ctr.exec(container_id, "true").returncode == 0
+            every_ctr("tasks", "pause", container_id)
+            every_ctr("tasks", "resume", container_id)
+            wait_for("the trap", (tmp_path / "ready").exists)
+            every_ctr("tasks", "kill", "-s", "SIGTERM", container_id)
+            wait_for("the end", lambda: every_ctr.status(container_id) == "STOPPED")
+            assert (tmp_path / "end").read_text() == "stopping\n"
+            assert "exit code 3" in every_ctr("tasks", "rm", container_id).stderr
+            assert every_ctr.status(container_id) is None
+            every_ctr("containers", "rm", container_id)
+        wait_for("the deletion's event", lambda: "delete" in dict(events.of(container_id)))
+        published = events.of(container_id)
+    assert [topic for topic, _ in published] == [
         *("create", "start", "exec-added", "exec-started", "exit", "paused", "resumed", "exit", "delete"),
     ]
-    assert [content["exit_status"] for topic, content in published if topic == "/tasks/delete"] == [3]
+    assert [content["exit_status"] for topic, content in published if topic == "delete"] == [3]

@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +51,9 @@ exec /usr/bin/containerd "$@"' containerd "$@"
 """The same in a container: what it sees as the root is a cgroup that takes no processes, CONTAINER."""
 
 
+_PF_EXITING = 0x4  # <linux/sched.h>
+
+
 def threads_of(pid: int) -> dict[int, str]:
     """Their ids, with their names."""
     found = {}
@@ -60,11 +63,21 @@ def threads_of(pid: int) -> dict[int, str]:
     return found
 
 
-def cgroups_of(thread_id: int) -> set[str]:
-    """In the hierarchies that have a controller."""
-    lines = Path(f"/proc/{thread_id}/cgroup").read_text().splitlines()
-    fields = [line.split(":", 2) for line in lines]
-    return {path for _, name, path in fields if name and not name.startswith("name=")}
+def cgroups_of(threads: Iterable[int], *, unified: bool = False) -> set[str]:
+    """In the hierarchies that have a controller, or in v2's; those that are ending are in none."""
+    found: set[str] = set()
+    for thread in threads:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            lines = Path(f"/proc/{thread}/cgroup").read_text().splitlines()
+            fields = [line.split(":", 2) for line in lines]
+            flags = int(Path(f"/proc/{thread}/stat").read_text().rpartition(")")[2].split()[6])
+            if not flags & _PF_EXITING:
+                found |= {
+                    path
+                    for _, name, path in fields
+                    if (not name if unified else name and not name.startswith("name="))
+                }
+    return found
 
 
 def vcpus_of(pod: str) -> dict[str, int]:
@@ -153,12 +166,11 @@ def template(
 @on_v1
 def test_with_sandbox_cgroup_only_all_of_a_pod_is_in_its_cgroup_and_counted(crictl: Crictl) -> None:
     with crictl.pod("only", annotations={CGROUP_ONLY: "true"}) as pod:
-        cgroup = f"/kpy-test/{pod.name}/kata_{pod.id}"
+        cgroup = f"{pod.cgroup}/kata_{pod.id}"
         assert len(vcpus_of(pod.id)) == 1
         container = pod.start("c", *SLEEP, linux=growing("1"))
         assert len(vcpus_of(pod.id)) == 2
-        for thread in (*vcpus_of(pod.id).values(), *others_of(pod.id)):
-            assert cgroups_of(thread) == {cgroup}
+        assert cgroups_of([*vcpus_of(pod.id).values(), *others_of(pod.id)]) == {cgroup}
         assert not list(CGROUPS.glob(f"*/kata_overhead/{pod.id}"))
         # The CPUs are the containers'; other limits are of the cgroup above, and the engine's.
         assert value("cpuset", cgroup, "cpuset.cpus") == "1"
@@ -198,22 +210,19 @@ def test_with_sandbox_cgroup_only_all_of_a_pod_is_in_its_cgroup_and_counted(cric
 @on_v1
 def test_without_it_the_vcpus_alone_are_in_the_pods_cgroup(crictl: Crictl) -> None:
     with crictl.pod("vcpus") as pod:
-        cgroup, overhead = f"/kpy-test/{pod.name}/kata_{pod.id}", f"/kata_overhead/{pod.id}"
+        cgroup, overhead = f"{pod.cgroup}/kata_{pod.id}", f"/kata_overhead/{pod.id}"
         container = pod.start("c", *SLEEP)
         assert len(vcpus_of(pod.id)) == 1
         more = ("--cpu-period", "100000", "--cpu-quota", "100000", "--cpuset-cpus", "0")
         refused = crictl("update", *more, "--memory", str(1 << 50), container, check=False)
         assert "default_maxmemory" in refused.stderr
         assert len(vcpus_of(pod.id)) == 1, "who is refused has got nothing"
-        for thread in vcpus_of(pod.id).values():
-            assert cgroups_of(thread) == {cgroup}
+        assert cgroups_of(vcpus_of(pod.id).values()) == {cgroup}
         assert value("cpuset", cgroup, "cpuset.cpus") != "0"
         crictl("update", *more, container)
         assert len(vcpus_of(pod.id)) == 2
-        for thread in vcpus_of(pod.id).values():
-            assert cgroups_of(thread) == {cgroup}
-        for thread in others_of(pod.id):
-            assert cgroups_of(thread) == {overhead}
+        assert cgroups_of(vcpus_of(pod.id).values()) == {cgroup}
+        assert cgroups_of(others_of(pod.id)) == {overhead}
         assert value("cpuset", cgroup, "cpuset.cpus") == "0"
         assert value("cpuset", overhead, "cpuset.cpus") == value("cpuset", "/", "cpuset.cpus")
 
@@ -249,7 +258,7 @@ def test_a_pod_that_outgrows_the_engines_limit_ends(crictl: Crictl) -> None:
     """As the kubelet sets it for the pod: its containers' limits and the RuntimeClass' overhead."""
     with crictl.pod("outgrown", annotations={CGROUP_ONLY: "true"}) as pod:
         container = pod.start("c", *SLEEP)
-        limit = CGROUPS / "memory/kpy-test" / pod.name / "memory.limit_in_bytes"
+        limit = CGROUPS / f"memory{pod.cgroup}/memory.limit_in_bytes"
         limit.write_text(str(statsp(crictl, pod)[1] + 20 * MIB))
         pod.exec(container, "sh", "-c", "x=$(head -c 100m /dev/zero | tr '\\0' a)", check=False)
         assert pod.wait_exited(container)["exitCode"] == 137
@@ -270,7 +279,7 @@ def test_each_vcpu_has_a_cpu_of_its_own_while_there_are_as_many(crictl: Crictl) 
         container = pod.start("c", *SLEEP, linux=growing("0-1"))
         assert affinities() == [{0}, {1}]
         crictl("update", "--cpuset-cpus", "1", container)
-        assert value("cpuset", f"/kpy-test/{pod.name}/kata_{pod.id}", "cpuset.cpus") == "1"
+        assert value("cpuset", f"{pod.cgroup}/kata_{pod.id}", "cpuset.cpus") == "1"
         assert affinities() == [{1}, {1}]
         crictl("update", "--cpuset-cpus", "0-1", container)
         assert affinities() == [{0}, {1}]
@@ -291,7 +300,7 @@ def test_each_vcpu_has_a_cpu_of_its_own_while_there_are_as_many(crictl: Crictl) 
         assert affinities() == [{0}, {1}]
         crictl("stop", other)
         crictl("rm", other)
-        assert value("cpuset", f"/kpy-test/{pod.name}/kata_{pod.id}", "cpuset.cpus") == "1"
+        assert value("cpuset", f"{pod.cgroup}/kata_{pod.id}", "cpuset.cpus") == "1"
         assert affinities() == [{1}, {1}]
 
 
@@ -305,10 +314,8 @@ def test_a_machine_of_a_fixed_size_is_in_its_cgroups_too(ctr: Ctr, container_id:
     )
     with ctr.detached(container_id, "sleep", "1000", options=options):
         assert len(vcpus_of(container_id)) == 2
-        for thread in vcpus_of(container_id).values():
-            assert cgroups_of(thread) == {f"/default/kata_{container_id}"}
-        for thread in others_of(container_id):
-            assert cgroups_of(thread) == {f"/kata_overhead/{container_id}"}
+        assert cgroups_of(vcpus_of(container_id).values()) == {f"/default/kata_{container_id}"}
+        assert cgroups_of(others_of(container_id)) == {f"/kata_overhead/{container_id}"}
         ctr("tasks", "rm", "-f", container_id)
         assert not list(CGROUPS.glob(f"*/default/kata_{container_id}"))
         assert not list(CGROUPS.glob(f"*/kata_overhead/{container_id}"))
@@ -365,11 +372,6 @@ def test_pods_on_a_host_of_cgroup_v2_alone(
 ) -> None:
     ctr, root = pure_v2_ctr, v2_root
     cgroup, overhead = f"/default/kata_{container_id}", f"/kata_overhead/{container_id}"
-
-    def cgroup_of(thread: int) -> str:
-        lines = Path(f"/proc/{thread}/cgroup").read_text().splitlines()
-        return next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
-
     template.configure({"runtime": {"sandbox_cgroup_only": only}})
     log = Log(ctr.containerd)
     with ctr.detached(
@@ -380,9 +382,9 @@ def test_pods_on_a_host_of_cgroup_v2_alone(
     ):
         (machine,) = processes_of(container_id, "qemu-system")
         # A thread is where its process is.
-        assert {cgroup_of(thread) for thread in threads_of(machine)} == {cgroup}
+        assert cgroups_of(threads_of(machine), unified=True) == {cgroup}
         rest = set(others_of(container_id)) - set(threads_of(machine))
-        assert {cgroup_of(thread) for thread in rest} == {cgroup if only else overhead}
+        assert cgroups_of(rest, unified=True) == {cgroup if only else overhead}
         assert (root / overhead[1:]).exists() is not only
 
         # What a machine that was broken out of could open: the shim, if it is there, has loop devices.

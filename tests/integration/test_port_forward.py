@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cri import Crictl, Pod
-from harness import TIMEOUT_S
+from harness import TIMEOUT_S, wait_for
 
 BODY = os.urandom(1 << 20) * 5
 
@@ -26,6 +26,7 @@ busybox httpd -p 127.0.0.1:8080 -h /tmp
 busybox httpd -p [::1]:8081 -h /tmp
 busybox nc -ll -p 7000 -e cat &
 busybox nc -ll -p 7001 -e md5sum &
+until [ "$(netstat -ltn | grep -c ":700[01] ")" = 2 ]; do :; done
 echo ready
 sleep 100000
 """
@@ -47,8 +48,7 @@ while piece := sock.recv(1 << 16):
 def serving_pod(stack: contextlib.ExitStack, crictl: Crictl) -> Pod:
     pod = stack.enter_context(crictl.pod("port-forward"))
     container = pod.start("server", "sh", "-c", SERVE)
-    while "ready" not in crictl("logs", container).stdout:
-        pass
+    wait_for("its servers", lambda: "ready" in crictl("logs", container).stdout)
     return pod
 
 
@@ -111,8 +111,9 @@ def test_a_port_where_nobody_listens_closes_the_connection(pod: Pod) -> None:
         assert get(nobody, "/page") == b""
     with forwarded(pod, 8080) as (somebody,):
         assert get(somebody, "/page") == b"found\n"
-    log = pod.crictl.containerd.log.read_text(errors="replace")
-    assert "port-forward to port 9: unavailable: nobody listens on port 9 in the pod (127.0.0.1: " in log
+    reason = "port-forward to port 9: unavailable: nobody listens on port 9 in the pod (127.0.0.1: "
+    log = pod.crictl.containerd.log
+    wait_for("the reason in the log", lambda: reason in log.read_text(errors="replace"))
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
