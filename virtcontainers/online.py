@@ -160,6 +160,8 @@ class Online:
         expected = self._hypervisor.memory_mib - self._kept_mib
         if total is None or total >= expected - 1:
             return ""
+        # What it was to give back earlier may have gone only now.
+        await self._hypervisor.find_size()
         return f"its MemTotal is {total:.0f} MiB, expected {expected:.0f} MiB"
 
     async def _take_back(self) -> None:

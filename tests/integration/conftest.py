@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -42,8 +43,28 @@ _started: list[Containerd] = []
 def pytest_configure(config: pytest.Config) -> None:
     if READY_TEMPLATES in os.environ:
         return
-    os.environ[READY_TEMPLATES] = directory = tempfile.mkdtemp(prefix="kata-py-templates-")
+    parent, prefix = Path(tempfile.gettempdir()), "kata-py-ready-templates-"
+    with _locked(parent):
+        for left in parent.glob(f"{prefix}*"):
+            # Of a session that was killed: one that runs has its lock.
+            with contextlib.suppress(OSError), _locked(left, fcntl.LOCK_NB):
+                shutil.rmtree(left)
+        directory = Path(tempfile.mkdtemp(prefix=prefix))
+        ours = contextlib.ExitStack()
+        ours.enter_context(_locked(directory))
+    os.environ[READY_TEMPLATES] = str(directory)
+    config.add_cleanup(ours.close)
     config.add_cleanup(lambda: shutil.rmtree(directory))
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, flags: int = 0) -> Iterator[None]:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | flags)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _state_directories() -> frozenset[Path]:
@@ -79,8 +100,9 @@ def machines(guest_image: Path, ready_templates: ReadyTemplates) -> Iterator[Set
     for needed in (REPO / ".venv/bin/containerd-shim-kata-py-v2", TEST_IMAGE_ARCHIVE, PAUSE_IMAGE_ARCHIVE):
         if not needed.exists():
             pytest.skip(f"no {needed}: run hack/setup.sh")
-    # Not in this session's directory: `host_state` would take it for left behind by its first user.
-    with tempfile.TemporaryDirectory(prefix="kata-py-machines-") as name:
+    # Not in this session's directory: `host_state` would take it for left behind by its first user. In
+    # /run, which goes with the isolated host of a session, however that ends.
+    with tempfile.TemporaryDirectory(prefix="kata-py-machines-", dir="/run") as name:
         directory = Path(name)
         settings: Settings = {
             "factory": {"enable_template": True, "template_path": str(directory / "template")},

@@ -130,7 +130,8 @@ cat >/dev/null
         )
         output = wait_for(
             "the guest's root",
-            lambda: found if "\nstatus " in (found := self.sh(f"cat /{name}.out")) else None,
+            # There may be no such file yet.
+            lambda: found if "\nstatus " in (found := self.run(f"cat /{name}.out")[1]) else None,
         )
         output, _, status = output.rpartition("\nstatus ")
         assert int(status) == 0, output

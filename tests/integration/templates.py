@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from harness import TIMEOUT_S, new_id
 from private_containerd import REPO, Containerd, Settings, write_kata_config
@@ -162,6 +162,13 @@ def templates(directory: Path, settings: Settings) -> Iterator[Templates]:
     assert (result.returncode, result.stderr) == (0, "")
     made.configuration.unlink()
     assert list(path.parent.iterdir()) == []
+
+
+def builders_lock(path: Path) -> IO[str]:
+    """Whoever wants to build the template there waits until this is closed."""
+    lock = path.with_name(f".{path.name}.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
 
 
 class Log:

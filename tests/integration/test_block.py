@@ -69,6 +69,11 @@ def loops(path: Path) -> list[str]:
     return [line.split()[0] for line in found.stdout.splitlines() if str(path) in line]
 
 
+def wait_until_no_loops(path: Path) -> None:
+    """A device ends when the last mount of it has been taken apart."""
+    wait_for(f"the loop devices of {path} to go", lambda: not loops(path))
+
+
 @contextlib.contextmanager
 def loop(path: Path) -> Iterator[str]:
     command = ["losetup", "--find", "--show", str(path)]
@@ -189,7 +194,9 @@ def running_pod(
         await sandbox.containers[pod_id].start()
         return sandbox
 
-    with asyncio.Runner() as runner:
+    with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
+        # On a busy host a guest takes its time to let go of a disk.
+        patch.setattr(manager, "_UNPLUG_TIMEOUT_S", TIMEOUT_S)
         sandbox = runner.run(start())
         try:
             yield Pod(sandbox, runner, directory)
@@ -513,7 +520,7 @@ def blockfile(tmp_path_factory: pytest.TempPathFactory, guest_image: Path) -> It
     containerd.start()
     yield Ctr(containerd)
     containerd.destroy()
-    assert loops(directory) == []
+    wait_until_no_loops(directory)
 
 
 SNAPSHOTTER = ("--snapshotter", "blockfile")
@@ -537,7 +544,7 @@ def test_blockfile_roots_are_mounted_in_clones(
             assert last == "hello"
             # That no template fits would be one.
             assert log.warnings(container_id) == []
-    assert loops(blockfile.containerd.root.parent) == []
+    wait_until_no_loops(blockfile.containerd.root.parent)
 
 
 def test_disable_block_device_use_mounts_the_image_on_the_host(
@@ -556,7 +563,7 @@ def test_disable_block_device_use_mounts_the_image_on_the_host(
             for pid in processes_of(container_id, program):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        wait_for("the loop device to go", lambda: not loops(directory))
+        wait_until_no_loops(directory)
 
 
 def test_kill_9_leaves_a_blockfile_root_to_nobody(
@@ -568,7 +575,7 @@ def test_kill_9_leaves_a_blockfile_root_to_nobody(
         for pid in processes_of(container_id, "containerd-shim-kata-py-v2"):
             os.kill(pid, signal.SIGKILL)
         wait_for("QEMU's end", lambda: not processes_of(container_id, "qemu-system"))
-    assert loops(blockfile.containerd.root.parent) == []
+    wait_until_no_loops(blockfile.containerd.root.parent)
 
 
 def test_kata_py_direct_volume(ctr: Ctr, container_id: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Ctr, new_id, wait_for
+from harness import TIMEOUT_S, Ctr, new_id, wait_for
 from private_containerd import REPO, Settings, write_kata_config
 from processes import runs, wait_gone
 from templates import Pods, ReadyTemplates
@@ -50,9 +50,6 @@ from virtcontainers.sandbox import create_sandbox
 from virtcontainers.vm import VM, VMConfig
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="machines need root")
-
-READY_TIMEOUT_S = 120
-LEFT_TIMEOUT_S = 20
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +98,7 @@ def servers() -> Iterator[list[int]]:
     """The pids of this test's servers. At its end nothing is left of what they have made."""
     pids = [os.getpid()]
     yield pids
-    deadline = time.monotonic() + LEFT_TIMEOUT_S
+    deadline = time.monotonic() + TIMEOUT_S
     while left := left_by(pids):
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
@@ -136,7 +133,7 @@ class Serving:
 
     async def filled(self) -> None:
         """Return when there are as many machines as wanted."""
-        async with asyncio.timeout(READY_TIMEOUT_S):
+        async with asyncio.timeout(TIMEOUT_S):
             while await self.ready.get() < self.server.number:
                 pass
 
@@ -264,16 +261,21 @@ def test_hvsock_answers_whenever_a_machine_goes_on(config: VMConfig, monkeypatch
                 await vm.pause()
                 await vm.detach()
                 vm = VM.from_grpc(vm.to_grpc(), config, shared_path=None)
-                await vm.attach(READY_TIMEOUT_S)
+                await vm.attach(TIMEOUT_S)
                 await vm.resume()
-                await vm.connect(READY_TIMEOUT_S)
+                await vm.connect(TIMEOUT_S)
         finally:
             await vm.stop()
 
     asyncio.run(body())
 
 
-def test_an_empty_cache_costs_a_pod_no_time(endpoint: Path, config: VMConfig, template: Template) -> None:
+def test_an_empty_cache_costs_a_pod_no_time(
+    endpoint: Path, config: VMConfig, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It stays empty.
+    monkeypatch.setattr("virtcontainers.factory.cache._GIVEN_PAUSE_S", 3600)
+
     async def body() -> None:
         async with serving(endpoint, template, config) as serving_:
             await serving_.filled()
@@ -615,7 +617,8 @@ def test_a_machine_of_a_pod_outlives_the_server_and_the_others_go(
                 assert runs(other)
                 with pytest.raises(UnavailableError):
                     await GrpcCache.fetch(endpoint, config)
-                assert await end_orphans() == 1
+                # The next one may be there, or be begun.
+                assert await end_orphans() in (1, 2)
                 endpoint.unlink()
             assert not runs(other) and not endpoint.exists()
             assert await end_orphans() == 0

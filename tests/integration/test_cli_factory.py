@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from harness import TIMEOUT_S, Ctr, new_id, processes_of, wait_for
-from templates import KATA_PY, ReadyTemplates, Templates, templates
+from templates import KATA_PY, ReadyTemplates, Templates, builders_lock, templates
 from test_ctr_failures import initrd_that_sleeps
 from test_ctr_stdio import Terminal
 
@@ -101,8 +102,8 @@ def test_init_by_force_on_a_terminal(template: Templates) -> None:
     try:
         wait_for("the progress", lambda: terminal.shows(r"\d+\.\d s  booting the machine"))
         # While the new one is being made there is the old one.
-        assert template.status()["template"]["state"] == "fits"
         assert template.current == earlier
+        assert template.status()["template"]["state"] == "fits"
         wait_for("the end", terminal.ended)
         terminal.shows("")
     finally:
@@ -165,16 +166,21 @@ def test_clones_are_shown_and_outlive_the_template(
 
 
 def test_many_that_init_at_once_make_one(no_template: Templates) -> None:
-    running = [
-        subprocess.Popen(
-            no_template.command("init"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(builders_lock(no_template.path))
+        terminals = [Terminal(no_template.command("init"), rows=24, columns=80) for _ in range(4)]
+        for terminal in terminals:
+            stack.callback(terminal.close)
+        # All are read at each look: who is not is held up by what he has written.
+        wait_for(
+            "all to wait", lambda: sum(bool(each.shows("waiting for another")) for each in terminals) == 4
         )
-        for _ in range(4)
-    ]
-    outputs = [process.communicate(timeout=TIMEOUT_S) for process in running]
-    assert [process.returncode for process in running] == [0] * 4
-    assert sum("booting the machine" in output for output, _ in outputs) == 1
-    assert sum("waiting for another builder ... " in output for output, _ in outputs) == 3
+        lock.close()
+        wait_for("their end", lambda: sum(each.ended() for each in terminals) == 4)
+        for terminal in terminals:
+            terminal.shows("")
+    assert [terminal.process.returncode for terminal in terminals] == [0] * 4
+    assert sum("booting the machine" in terminal.screen for terminal in terminals) == 1
     assert len(list((no_template.path / "builds").iterdir())) == 1
 
 

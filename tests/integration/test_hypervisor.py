@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from guest_shell import run_in_guest
+from harness import TIMEOUT_S
 from host_state import RUN
 from processes import wait_gone
 
@@ -293,7 +294,7 @@ def test_the_death_of_qemu_is_told(vm_id: str, config: VMConfig, shared: Path) -
             watch = asyncio.create_task(vm.hypervisor.wait_dead())
             await asyncio.sleep(0)
             os.kill(vm.hypervisor.pid, signal.SIGKILL)
-            reason = await asyncio.wait_for(watch, 20)
+            reason = await asyncio.wait_for(watch, TIMEOUT_S)
             assert reason.startswith(f"qemu (pid {vm.hypervisor.pid}) was killed by SIGKILL")
 
     asyncio.run(body())
@@ -309,7 +310,7 @@ def test_the_death_of_virtiofsd_is_told(vm_id: str, config: VMConfig, shared: Pa
             qemu_pid, virtiofsd_pid = vm.hypervisor.get_pids()
             assert qemu_pid == vm.hypervisor.pid
             os.kill(virtiofsd_pid, signal.SIGKILL)
-            reason = await asyncio.wait_for(watch, 20)
+            reason = await asyncio.wait_for(watch, TIMEOUT_S)
             assert reason.startswith(f"virtiofsd (pid {virtiofsd_pid}) was killed by SIGKILL")
 
     asyncio.run(body())
@@ -432,9 +433,11 @@ def test_a_guest_that_panics_is_told_at_once_with_its_last_words(
 
 
 def test_an_agent_that_never_answers_is_a_timeout_with_the_consoles_end(
-    vm_id: str, config: VMConfig, shared: Path
+    vm_id: str, config: VMConfig, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    silent = changed(config, agent={"dial_timeout_s": 8}, kernel_params="agent.transport=none debug")
+    # A busy host takes its time to the console's first words, and to show registers.
+    monkeypatch.setattr(qemu, "_LAST_WORDS_TIMEOUT_S", TIMEOUT_S)
+    silent = changed(config, agent={"dial_timeout_s": 15}, kernel_params="agent.transport=none debug")
     error = failure_of(vm_id, silent, shared)
     assert isinstance(error, BootTimeout)
     assert "no answer within" in str(error)

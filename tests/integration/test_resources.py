@@ -181,7 +181,10 @@ def test_what_is_refused_leaves_the_pod_as_it_was(
         # vCPUs are no refusal: there are as many as there may be.
         many = ctr.run(f"{container_id}-many", "nproc", options=(*joins, *limits(0, 9)))
         assert int(many.stdout) == MOST_VCPUS, many.stderr
-        assert any("default_maxvcpus" in warning for warning in log.warnings(container_id))
+        wait_for(
+            "the warning",
+            lambda: any("default_maxvcpus" in warning for warning in log.warnings(container_id)),
+        )
 
 
 def test_a_machine_of_a_fixed_size_is_as_large_as_its_pod_was_said_to_be(
@@ -227,7 +230,7 @@ def test_a_machine_that_dies_while_it_grows_is_an_error(
                 # It has asked QEMU by now, or is about to.
                 time.sleep(1)
                 os.kill(qemu, signal.SIGKILL)
-                assert growing.wait(60) != 0
+                assert growing.wait(TIMEOUT_S) != 0
                 assert b"SIGKILL" in growing.stderr.read()
             finally:
                 growing.kill()
@@ -292,6 +295,6 @@ def test_an_update_down_gives_memory_back_where_it_can(crictl: Crictl) -> None:
         crictl("update", "--memory", str(640 * MIB), container)
         assert container_and_machine() == (640, grown + 128)
         crictl("update", "--memory", str(128 * MIB), container)
-        limit, shrunk = container_and_machine()
-        assert limit == 128
-        assert shrunk < grown
+        assert container_and_machine()[0] == 128
+        # A guest that is slow goes on with it.
+        wait_for("the machine to shrink", lambda: container_and_machine()[1] < grown)

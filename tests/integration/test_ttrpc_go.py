@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import shutil
 import socket
 import subprocess
@@ -218,7 +219,7 @@ class Handler:
                 return EchoPayload(msg=str(dict(sorted(context.metadata.items()))))
             case "timeout":
                 assert context.timeout_s is not None
-                return EchoPayload(seq=round(context.timeout_s))
+                return EchoPayload(seq=math.ceil(context.timeout_s))
             case "sleep":
                 try:
                     await asyncio.sleep(3600)

@@ -365,7 +365,9 @@ def _remove_stale(endpoint: Path) -> None:
         try:
             client.connect(str(endpoint))
         except ConnectionRefusedError:
-            endpoint.unlink()
+            endpoint.unlink(missing_ok=True)
+            return
+        except FileNotFoundError:  # its server has just ended
             return
         except TimeoutError:
             server = "that does not answer"

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"sort"
@@ -73,7 +74,7 @@ func (service) Echo(ctx context.Context, request *pb.EchoPayload) (*pb.EchoPaylo
 		if !ok {
 			return &pb.EchoPayload{Msg: "none"}, nil
 		}
-		return &pb.EchoPayload{Seq: uint32(time.Until(deadline).Round(time.Second).Seconds())}, nil
+		return &pb.EchoPayload{Seq: uint32(math.Ceil(time.Until(deadline).Seconds()))}, nil
 	case "sleep":
 		<-ctx.Done()
 		fmt.Println("sleeper:", ctx.Err())
@@ -165,7 +166,7 @@ func call(path string) error {
 	raw := ttrpc.NewClient(connection)
 	defer raw.Close()
 	client := pb.NewTTRPCStreamingClient(raw)
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
 	answers := json.NewEncoder(os.Stdout)
 	tell := func(what string, answer any, err error) {
@@ -193,8 +194,10 @@ func call(path string) error {
 	metadata := ttrpc.WithMetadata(ctx, ttrpc.MD{"a": {"1", "2"}, "b": {"x"}})
 	answer, err := client.Echo(metadata, &pb.EchoPayload{Msg: "metadata"})
 	tell("metadata", answer.GetMsg(), err)
-	answer, err = client.Echo(ctx, &pb.EchoPayload{Msg: "timeout"})
+	minute, stop := context.WithTimeout(ctx, time.Minute)
+	answer, err = client.Echo(minute, &pb.EchoPayload{Msg: "timeout"})
 	tell("timeout", answer.GetSeq(), err)
+	stop()
 	tell("unknown method", nil, raw.Call(ctx, "ttrpc.integration.streaming.Streaming", "Nothing", &pb.Sum{}, &pb.Sum{}))
 	tell("unknown service", nil, raw.Call(ctx, "no.Such", "Echo", &pb.Sum{}, &pb.Sum{}))
 	short, stop := context.WithTimeout(ctx, 50*time.Millisecond)
