@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 
+from guest.agent.limits import raise_limits
 from guest.agent.modules import load_boot_modules
 from guest.agent.mount import mount
 
@@ -48,6 +49,7 @@ def boot() -> None:
             if error.errno != errno.EBUSY:
                 log.error("mount %s: %s", target, error.strerror)
     _limit_nobody()
+    raise_limits()
     _open_standard_streams()
     for target, path in _LINKS:
         with contextlib.suppress(FileExistsError):

@@ -92,6 +92,13 @@ def test_user_groups_and_directory(pod: Pod) -> None:
     assert found == "uid=1234 gid=2345 groups=2345,3456,4567\n/var/tmp\n"
 
 
+def test_a_user_may_have_the_files_and_processes_of_a_server(pod: Pod) -> None:
+    """Not what Linux gives to a machine that boots with little memory: 4096 and 725."""
+    context = secured(run_as_user={"value": 1234})
+    found = pod.run("limits", "sh", "-c", "ulimit -Sn; ulimit -Hn; ulimit -u", linux=context)
+    assert found.stdout.split() == ["1048576", "1048576", "unlimited"]
+
+
 def test_a_user_by_name_is_the_images(pod: Pod) -> None:
     assert pod.run("named", "id", linux=secured(run_as_username="www-data")).stdout.startswith(
         "uid=33(www-data) gid=33(www-data)"
