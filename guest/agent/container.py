@@ -185,7 +185,7 @@ class Container:
         os.makedirs(self.bundle, exist_ok=True)
         try:
             with open(f"{self.bundle}/config.json", "w") as file:
-                json.dump(spec, file)
+                file.write(json.dumps(spec))
             command = ["create", *self._crun.create_options, f"--bundle={self.bundle}"]
             init = await self._launch(command, spec["process"])
         except BaseException:
@@ -233,7 +233,7 @@ class Container:
         process = {k: v for k, v in process.items() if k not in ("apparmorProfile", "selinuxLabel")}
         try:
             with open(path, "w") as file:
-                json.dump(process, file)
+                file.write(json.dumps(process))
             started = await self._launch(["exec", "--detach", f"--process={path}"], process)
         except StatusError as error:
             # crun says what it stumbled over in a container whose first process has just been killed.
@@ -317,7 +317,7 @@ class Container:
         async with self._lock:
             try:
                 with open(path, "w") as file:
-                    json.dump(resources, file)
+                    file.write(json.dumps(resources))
                 with _null() as null:
                     await self._crun.run("update", f"--resources={path}", self.id, fds=(null, null, null))
             finally:

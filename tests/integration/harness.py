@@ -26,7 +26,7 @@ T = TypeVar("T")
 Config = Callable[..., tuple[str, ...]]
 """conftest's fixture `config`. Two files are named conftest.py: none can be imported by that name."""
 
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 """For anything that must happen: only a hang is longer, on the slowest machine under TCG."""
 
 _numbers = itertools.count(1)

@@ -154,9 +154,13 @@ def test_empty_dirs_are_the_machines(pod: Pod, kubelet: Kubelet) -> None:
 
 
 def test_what_cannot_be_copied_is_refused_by_name(pod: Pod, tmp_path: Path) -> None:
-    for source, words in ((tmp_path, "found a folder to write to"), (Path("/run"), "found a folder")):
-        with pytest.raises(InvalidArgumentError, match=f"mount /data of container .*{source}: {words}"):
-            pod.run(container(pod, "refused", "true", [bind(source, "/data", "rw")]))
+    os.mkfifo(tmp_path / "pipe")
+    for source, mode, found in (
+        (tmp_path, "rw", f"{tmp_path}: found a folder to write to"),
+        (tmp_path, "ro", f"{tmp_path}/pipe: found a FIFO"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=f"mount /data of container .*{found}"):
+            pod.run(container(pod, "refused", "true", [bind(source, "/data", mode)]))
     with pytest.raises(
         InvalidArgumentError, match=r"mount /data .*/usr: found more than 1000 files or 16 MiB"
     ):
