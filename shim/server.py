@@ -43,8 +43,6 @@ def serve(flags: Flags, listener_fd: int, path: str) -> int:
     # What is imported stays: the collector need not look at it again.
     gc.collect()
     gc.freeze()
-    # asyncio would have a handler of its own until `_serve` has, of which the signal module makes words.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         asyncio.run(_serve(flags, socket.socket(fileno=listener_fd), path))
     except BaseException:

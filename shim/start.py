@@ -26,21 +26,6 @@ SOCKET_PATH_LIMIT = 106
 FD_LIMIT = 1 << 30
 """Above every descriptor: the kernel closes a range in one call."""
 
-CO_COROUTINE = 0x80  # CPython's Include/cpython/code.h
-
-POSTPONED = (
-    "asyncio.sslproto",
-    "bz2",
-    "calendar",
-    "inspect",
-    "ipaddress",
-    "linecache",
-    "locale",
-    "lzma",
-    "textwrap",
-    "tokenize",
-)
-
 _STDIN_LIMIT = 10 << 20
 _CONNECT_TIMEOUT_S = 0.1
 _LOG_LEVEL_DEBUG = -4
@@ -172,9 +157,8 @@ def open_log(bundle: str) -> int | None:
 
 def leave_out_modules() -> None:
     """Keep out what asyncio, protobuf and qemu.qmp import and we never use: TLS, OpenSSL's hashes, protobuf
-    without its C part. 2 MB and 13 ms of CPU of every shim. What they may come to use is postponed.
+    without its C part. 2 MB and 13 ms of CPU of every shim.
     """
-    postpone_modules()
     module = type(sys)
     for name in ("ssl", "_hashlib"):
         sys.modules[name] = None  # type: ignore[assignment] # an ImportError, which asyncio and hashlib expect
@@ -184,42 +168,6 @@ def leave_out_modules() -> None:
     # qemu.qmp expects the name, for annotations.
     sys.modules["ssl"] = module("ssl")
     sys.modules["ssl"].SSLContext = object  # type: ignore[attr-defined]
-
-
-class Postponed(type(sys)):  # type: ignore[misc]
-    """A module that is not imported before somebody wants something of it."""
-
-    __name__: str
-
-    def __getattr__(self, name: str) -> object:
-        if name == "__path__":  # `from` asks whether it is a package
-            raise AttributeError(name)
-        import importlib
-
-        # Another thread may import it already.
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        module = importlib.import_module(self.__name__)
-        # For those who have this one already.
-        self.__dict__.update(module.__dict__)
-        return getattr(module, name)
-
-
-def postpone_modules() -> None:
-    """Import later, which is mostly never, what others import at their top for functions that we hardly call:
-    2 MB of every shim.
-    """
-    for name in POSTPONED:
-        if name not in sys.modules:
-            sys.modules[name] = Postponed(name)
-    # What qemu.qmp and asyncio ask of a module that brings Python's compiler with it.
-    sys.modules["inspect"].__dict__.setdefault("iscoroutinefunction", is_coroutine_function)
-
-
-def is_coroutine_function(function: object) -> bool:
-    """inspect's, for what is written in Python."""
-    code = getattr(function, "__code__", None)
-    return code is not None and bool(code.co_flags & CO_COROUTINE)
 
 
 def read_stdin() -> bytes:

@@ -36,8 +36,6 @@ class InterworkingModel(StrEnum):
 
 @dataclass(frozen=True)
 class Address:
-    """Of an interface."""
-
     address: str
     prefix: int
 
@@ -59,8 +57,6 @@ class Route:
 
 @dataclass(frozen=True)
 class Neighbor:
-    """An entry of the ARP or NDP table; `state` and `flags` as in <linux/neighbour.h>."""
-
     address: str
     lladdr: str
     state: int

@@ -354,27 +354,6 @@ def test_start_and_an_empty_delete_import_next_to_nothing(containerd: Containerd
         assert not imported & expensive
 
 
-def test_a_shim_imports_some_modules_only_when_they_are_asked() -> None:
-    script = """
-import sys
-from shim.start import POSTPONED, Postponed, leave_out_modules
-leave_out_modules()
-import shim.server
-print([name for name in POSTPONED if type(sys.modules[name]) is not Postponed])
-import inspect, textwrap
-print(inspect.iscoroutinefunction(inspect.unwrap(textwrap.dedent)))
-try:
-    1 / 0
-except ZeroDivisionError:
-    import traceback
-    traceback.print_exc(file=sys.stdout)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    assert lines[:2] == ["[]", "False"], done.stderr
-    assert lines[-1] == "ZeroDivisionError: division by zero"
-
-
 def test_version_and_info(containerd: Containerd) -> None:
     containerd.bundle("c1")
     for flag in ("-v", "--version"):
