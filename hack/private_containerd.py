@@ -55,8 +55,8 @@ def write_kata_config(path: Path, settings: Settings | None = None) -> Path:
             "default_memory": 256,
         },
         # An emulated machine is slow on a host that is busy.
-        "agent.kata": {"dial_timeout": 300},
-        "runtime": {"create_container_timeout": 300},
+        "agent.kata": {"dial_timeout": 240},
+        "runtime": {"create_container_timeout": 240},
     }
     for section, values in (settings or {}).items():
         merged.setdefault(section, {}).update(values)

@@ -113,7 +113,7 @@ async def _hooks(stage: str, sandbox: Sandbox, config: ContainerConfig) -> None:
 
 
 async def _post_stop_hooks(config: ContainerConfig) -> None:
-    # They run as well when the creation has failed after others: runtime-spec, runtime.md#lifecycle.
+    # Also when a creation fails after other hooks have run: runtime-spec, runtime.md#lifecycle.
     await run_hooks("poststop", config.spec, container_id=config.id, bundle=config.bundle, pid=0)
 
 

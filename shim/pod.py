@@ -549,7 +549,7 @@ class Pod:
             await self._end_all()
             try:
                 await self._delete_sandbox()
-            except KataError as error:
+            except (KataError, OSError) as error:
                 # containerd is still to hear of the ends, and to call `delete`.
                 log.error("something of the pod stays: %s", error)
 

@@ -230,7 +230,7 @@ class ProcessIO:
                     if not is_told:
                         log.warning("output is lost: %s", error)
                     is_told = True
-        except KataError as error:
+        except (KataError, OSError) as error:
             log.warning("output ends early: %s", error)
         finally:
             sink.close()

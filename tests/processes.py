@@ -1,7 +1,7 @@
 """Whether processes still run."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 TIMEOUT_S = 60
@@ -15,7 +15,7 @@ def runs(pid: int) -> bool:
         return False
 
 
-def wait_gone(pids: Iterable[int]) -> None:
+def wait_gone(pids: Collection[int]) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while running := [pid for pid in pids if runs(pid)]:
         assert time.monotonic() < deadline, f"still running: {running}"

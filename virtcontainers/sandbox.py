@@ -369,7 +369,7 @@ class Sandbox:
             if self._death:
                 raise UnavailableError(f"sandbox {self.id} is dead: {self._death}") from error
             if self.is_ending:
-                raise UnavailableError(f"sandbox {self.id} is being ended: {error}") from error
+                raise UnavailableError(f"sandbox {self.id} is being ended") from error
             raise
 
     async def while_alive(self, work: Coroutine[Any, Any, T]) -> T:

@@ -12,13 +12,14 @@ from guest.agent.cgroup import CGROUP_PARENT
 log = logging.getLogger(__name__)
 
 _FILES = 1 << 20
-"""Of a process, as Kata's and containerd's systemd units have it; also the most that the kernel takes."""
+"""Of a process. More than the kernel's default of fs.nr_open nobody can have."""
 _SYSCTLS = (("fs/file-max", (1 << 63) - 1), ("kernel/pid_max", 1 << 22))
 """As systemd sets them."""
 _BYTES_A_TASK = 128 << 10
 """Linux's own measure, of eight times a task's stack."""
 _OUR_TASKS = 256
-"""What containers leave to the agent, to crun, and to the kernel."""
+_OUR_TASKS_A_CPU = 16
+"""What containers leave to the agent, to crun, and to the kernel, which has some threads on each CPU."""
 
 
 def raise_limits() -> None:
@@ -33,11 +34,11 @@ def raise_limits() -> None:
             _write(f"/proc/sys/{name}", value)
     except OSError as error:
         log.warning("limits: %s", error)
-    fit_to_memory()
+    fit_to_machine()
 
 
-def fit_to_memory() -> None:
-    """As many tasks as there is memory for. Never fewer than there were."""
+def fit_to_machine() -> None:
+    """As many tasks as there is memory for, and never fewer than there were."""
     try:
         with open("/proc/meminfo") as file:
             total = int(file.readline().split()[1]) << 10
@@ -49,7 +50,7 @@ def fit_to_memory() -> None:
         containers = f"/sys/fs/cgroup{CGROUP_PARENT}"
         with contextlib.suppress(FileExistsError):
             os.mkdir(containers)
-        _write(f"{containers}/pids.max", most - _OUR_TASKS)
+        _write(f"{containers}/pids.max", most - _OUR_TASKS - _OUR_TASKS_A_CPU * (os.cpu_count() or 1))
     except OSError as error:
         log.warning("limits: %s", error)
 

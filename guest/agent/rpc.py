@@ -13,7 +13,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from agent_client.protocols import agent_pb2, csi_pb2, health_pb2, oci_json, port_forward_pb2, types_pb2
 from guest.agent import VERSION, copy_file, hotplug, storage
-from guest.agent.limits import fit_to_memory
+from guest.agent.limits import fit_to_machine
 from guest.agent.sandbox import Sandbox
 from guest.agent.threads import in_thread
 from ttrpc import Code, StatusError
@@ -79,8 +79,8 @@ class AgentService:
             await hotplug.online_cpus(request.nb_cpus)
         if not request.cpu_only:
             await hotplug.online_memory()
-            if self._is_init:
-                fit_to_memory()
+        if self._is_init:
+            fit_to_machine()
         return Empty()
 
     async def get_metrics(self, request: agent_pb2.GetMetricsRequest, context: object) -> agent_pb2.Metrics:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +65,8 @@ class ReadyTemplates:
                 made = thread.submit(asyncio.run, Template.new(path, config)).result()
             if not kept.exists():
                 new = kept.with_suffix(".new")
-                new.mkdir(exist_ok=True)
+                shutil.rmtree(new, ignore_errors=True)
+                new.mkdir()
                 _copy(path, new)
                 new.rename(kept)
             return made

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from guest_shell import run_in_guest
+from harness import TIMEOUT_S
 from host_state import RUN
 from templates import ReadyTemplates
 
@@ -265,7 +266,10 @@ def test_a_guests_clock_goes_on_while_qemu_does_not_run(template: Template, shar
 def test_a_machine_that_starves_as_it_boots_keeps_the_hosts_time(config: VMConfig, shared: Path) -> None:
     """One that counted its TSC's ticks itself would take several times too many in one of five such boots."""
     kernel_params = "earlyprintk=ttyS0 ignore_loglevel"
-    talking = VMConfig(replace(config.hypervisor, kernel_params=kernel_params), config.agent)
+    talking = VMConfig(
+        replace(config.hypervisor, kernel_params=kernel_params),
+        replace(config.agent, dial_timeout_s=TIMEOUT_S),
+    )
 
     async def starve(planned: asyncio.Future[Persisted]) -> None:
         directory = Path((await planned)["directory"])
@@ -288,7 +292,7 @@ def test_a_machine_that_starves_as_it_boots_keeps_the_hosts_time(config: VMConfi
         get = Factory(Direct(talking)).get_vm
         vm = await get(new_id(), talking, shared_path=shared, on_planned=on_planned)
         async with running(vm):
-            await asyncio.wait_for(starving, 60)
+            await asyncio.wait_for(starving, TIMEOUT_S)
             await assert_told_the_rate(vm)
             least, most = await clock_is_off_by(vm)
             assert least < 0.1 and most > -0.1

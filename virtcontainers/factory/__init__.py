@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from virtcontainers.config import FactoryConfig
-from virtcontainers.errors import KataError
+from virtcontainers.errors import KataError, UnavailableError
 from virtcontainers.factory.base import FactoryBase, OnPlanned
 from virtcontainers.factory.direct import Direct
 from virtcontainers.hypervisor.base import HypervisorError, RestoreFailed, VMState
@@ -95,8 +95,14 @@ class Factory:
                     extra={"sandbox": vm_id},
                 )
             else:
-                # The clock that it has from its RTC knows no parts of a second.
-                await vm.sync_time()
+                # The clock that it has from its RTC knows no parts of a second. A policy of the image's agent
+                # may let nobody set it.
+                try:
+                    await vm.sync_time()
+                except UnavailableError:
+                    raise
+                except KataError as error:
+                    log.info("the clock stays as it is: %s", error, extra={"sandbox": vm_id})
             await _grow(vm, config)
         except BaseException:
             await asyncio.shield(vm.stop())

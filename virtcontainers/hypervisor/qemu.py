@@ -57,7 +57,6 @@ from virtcontainers.hypervisor.qemu_cmdline import (
     virtio_fs_device,
 )
 from virtcontainers.hypervisor.qmp import COMMAND_TIMEOUT_S, QMP
-from virtcontainers.hypervisor.tsc import tsc_khz
 from virtcontainers.hypervisor.vhost_vsock import (
     VHOST_DEVICE_VSOCK,
     GuestCID,
@@ -197,7 +196,9 @@ class Qemu(Hypervisor):
 
     def _require_addressable(self) -> None:
         """Raise InvalidArgumentError for an id that makes the path of a socket longer than an address."""
-        sockets = [self.files.qmp_socket, self.files.agent_socket]
+        sockets = [self.files.qmp_socket]
+        if self._transport is not AgentTransport.VSOCK:
+            sockets.append(self.files.agent_socket)
         if self._virtiofsd is not None:
             sockets.append(self.files.virtiofsd_socket)
         if self._vhost_device_vsock is not None:
@@ -264,7 +265,11 @@ class Qemu(Hypervisor):
                 fds["vsock"] = self._vsock_connection.fileno()
             memory_fd = self._own_memory(stack) if self._copies_memory else -1
             fds["memory"] = memory_fd
-            khz = await tsc_khz() if self.command_line.calibrates_tsc else None
+            khz = None
+            if self.command_line.calibrates_tsc:
+                from virtcontainers.hypervisor.tsc import tsc_khz
+
+                khz = await tsc_khz()
             argv = self.command_line.argv(fds, tsc_khz=khz)
             self._log.debug("starting %s", argv)
             self._qemu = MachineProcess.start(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import mmap
-import platform
+import os
 import time
 from functools import cache
 
@@ -37,8 +37,8 @@ class _Counter:
     """Raises OSError."""
 
     def __init__(self) -> None:
-        if platform.machine() != "x86_64":
-            raise OSError(f"no time stamp counter is known of {platform.machine()}")
+        if (machine := os.uname().machine) != "x86_64":
+            raise OSError(f"no time stamp counter is known of {machine}")
         page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         page.write(_RDTSC)
         self._code = (ctypes.c_char * len(_RDTSC)).from_buffer(page)

@@ -24,6 +24,7 @@ from virtcontainers.network.endpoints import (
     Endpoint,
     InterworkingModel,
     NetworkInfo,
+    Route,
     agent_gone_neighbors,
     agent_interface,
     agent_neighbors,
@@ -97,6 +98,9 @@ class Network:
         self._watch = -1
         """The socket on which the kernel tells of changes in the namespace."""
         self._taps: set[int] = set()
+        self._flushed_routes: dict[int, tuple[Route, ...]] = {}
+        """What links have lost to macvtaps that came to nothing, by their indices: addresses come back, and
+        these do not."""
         self._lost_routes: frozenset[str] = frozenset()
         """Of which there was a warning."""
         self._neighbors: set[tuple[int, str]] = set()
@@ -215,20 +219,20 @@ class Network:
         With `strict` a link that no machine can have is an error; else it is left out, which is logged.
         """
         changes = _Changes()
-        async with NamespaceChild.inside(self._namespace) as child:
-            if self._watch < 0:
-                # Before the look: no change comes between the two.
-                names, (self._watch,) = await child.call("watch")
-                if _FALLBACK_LINKS.issuperset(names):
-                    return changes
-            scanned, _ = await child.call("scan")
-            self._warn_of(scanned["lost_routes"])
-            found = {info.index: info for info in map(NetworkInfo.from_json, scanned["links"])}
-            try:
+        try:
+            async with NamespaceChild.inside(self._namespace) as child:
+                if self._watch < 0:
+                    # Before the look: no change comes between the two.
+                    names, (self._watch,) = await child.call("watch")
+                    if _FALLBACK_LINKS.issuperset(names):
+                        return changes
+                scanned, _ = await child.call("scan")
+                self._warn_of(scanned["lost_routes"])
+                found = {info.index: info for info in map(NetworkInfo.from_json, scanned["links"])}
                 await self._compare(found, changes, child, strict=strict)
-            except BaseException:
-                changes.close()
-                raise
+        except BaseException:
+            changes.close()
+            raise
         return changes
 
     def _warn_of(self, lost_routes: Iterable[str]) -> None:
@@ -263,6 +267,8 @@ class Network:
                 changes.changed.append(endpoint)
         new: list[Endpoint] = []
         for info in filter(is_configured, found.values()):
+            routes = self._flushed_routes.pop(info.index, ())
+            info = replace(info, routes=(*routes, *(each for each in info.routes if each not in routes)))
             try:
                 model = InterworkingModel(self.config.interworking_model)
                 new.append(new_endpoint(info, model, [*self.endpoints, *new], where=self._where))
@@ -325,13 +331,18 @@ class Network:
                 await self._apply(await self._look(strict=strict))
             except BaseException as error:
                 # What has no card is new again next time, and the guest is told of the others anew.
-                cardless = [each.to_connect(self._id) for each in self.endpoints if not each.pci_path]
+                lost = [each for each in self.endpoints if not each.pci_path]
+                self._flushed_routes |= {
+                    each.info.index: each.info.routes
+                    for each in lost
+                    if each.model is InterworkingModel.MACVTAP
+                }
                 self.endpoints = [each for each in self.endpoints if each.pci_path]
                 self._guest_knows = False
-                if cardless and isinstance(error, KataError):
+                if lost and isinstance(error, KataError):
                     # A link has its addresses no more while a macvtap is on it, and would be nobody's.
                     with contextlib.suppress(KataError):
-                        await _disconnect(self._namespace, cardless)
+                        await _disconnect(self._namespace, [each.to_connect(self._id) for each in lost])
                 if self._machine is not None:
                     self._schedule_look(self._retry_s)
                     self._retry_s = min(2 * self._retry_s, _MOST_RETRY_S)

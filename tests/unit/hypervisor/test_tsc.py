@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,7 +38,7 @@ def test_it_is_the_same_each_time() -> None:
 
 
 def test_other_machines_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="aarch64"))
     tsc._counter.cache_clear()
     assert asyncio.run(tsc_khz()) is None
 

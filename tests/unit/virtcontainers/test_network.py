@@ -194,9 +194,9 @@ def test_a_link_whose_macvtap_the_machine_refused_is_as_it_was(
         try:
             machine.refuses_cards = True
             namespace.sh(
-                "ip link add net1 address 02:00:00:00:00:01 type veth peer name peer; ip link set net1 up"
+                "ip link add net1 address 02:00:00:00:00:01 type veth peer name peer; ip link set net1 up\n"
+                "ip addr add 10.1.0.2/24 dev net1; ip route add 10.9.0.0/16 via 10.1.0.1"
             )
-            namespace.sh("ip addr add 10.1.0.2/24 dev net1")
             await logged(caplog, "the pod's network is not what its namespace has: QMP")
             assert "02:00:00:00:00:01" in namespace.sh("ip link show net1")
             assert "10.1.0.2/24" in namespace.sh("ip -o -4 addr show net1")
@@ -204,6 +204,7 @@ def test_a_link_whose_macvtap_the_machine_refused_is_as_it_was(
             machine.refuses_cards = False
             await network.settle()
             assert [each.address for each in machine.interfaces["net1"].IPAddresses][:1] == ["10.1.0.2"]
+            assert ("10.9.0.0/16", "10.1.0.1") in {(each.dest, each.gateway) for each in machine.routes}
         finally:
             await network.close()
             machine.end()
