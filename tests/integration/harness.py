@@ -75,6 +75,17 @@ def remove_cgroups(path: Path) -> None:
         wait_for(f"the end of what runs in {directory}", functools.partial(removed, Path(directory)))
 
 
+@contextlib.contextmanager
+def loop(path: Path) -> Iterator[str]:
+    """A device of the host that has the file's content."""
+    command = ["losetup", "--find", "--show", str(path)]
+    device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+
+
 @dataclass(frozen=True)
 class Events:
     """What containerd has published since."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from harness import TIMEOUT_S, Config, Ctr, new_id, processes_of, wait_for
+from harness import TIMEOUT_S, Config, Ctr, loop, new_id, processes_of, wait_for
 from private_containerd import CACHE, Containerd
 from templates import KATA_PY, Log, Pods, ReadyTemplates, templates
 from test_sandbox import booting, container_config, run, sandbox_config, spec
@@ -72,16 +72,6 @@ def loops(path: Path) -> list[str]:
 def wait_until_no_loops(path: Path) -> None:
     """A device ends when the last mount of it has been taken apart."""
     wait_for(f"the loop devices of {path} to go", lambda: not loops(path))
-
-
-@contextlib.contextmanager
-def loop(path: Path) -> Iterator[str]:
-    command = ["losetup", "--find", "--show", str(path)]
-    device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "-d", device], check=True)
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from cri import NODE, POD, Crictl, Pod
-from harness import wait_for
+from harness import loop, wait_for
 from private_cri import HOST_DEVICES_HANDLER
-from test_block import image, loop
+from test_block import image
 
 SLEEP = ("sleep", "100000")
 RUNTIME_DEFAULT, UNCONFINED, LOCALHOST = 0, 1, 2

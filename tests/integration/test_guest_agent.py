@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import put_busybox, remove_cgroups, wait_for
+from harness import loop, put_busybox, remove_cgroups, wait_for
 
 from agent_client.protocols import agent_pb2, health_pb2, oci_json
 from ttrpc import Client, Code, StatusError
@@ -384,12 +384,8 @@ def disk(path: Path) -> Iterator[str]:
     with path.open("wb") as file:
         file.truncate(8 << 20)
     subprocess.run(["mkfs.ext4", "-q", str(path)], check=True)
-    command = ["losetup", "--find", "--show", str(path)]
-    device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    try:
+    with loop(path) as device:
         yield device
-    finally:
-        subprocess.run(["losetup", "-d", device], check=True)
 
 
 def test_exit_statuses(run: Run) -> None:

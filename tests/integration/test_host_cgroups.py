@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 from cri import Crictl, Pod
-from harness import Config, Ctr, processes_of, remove_cgroups, wait_for
+from harness import Config, Ctr, loop, processes_of, remove_cgroups, wait_for
 from host_state import RUN
 from lan import HOST, Namespace, bridge, namespace
 from private_containerd import Containerd
 from templates import Log, ReadyTemplates, Templates, templates
-from test_block import loop, loop_partition, partitioned, read_image
+from test_block import loop_partition, partitioned, read_image
 from test_ctr_pod import cri
 
 CGROUPS = Path("/sys/fs/cgroup")
