@@ -261,9 +261,10 @@ def test_what_qemu_refuses_is_told_and_the_pod_goes_on(ctr: Ctr, container_id: s
 
 def test_a_guest_that_panics_while_it_grows_is_an_error(crictl: Crictl) -> None:
     """With its agent, which is the first process: a privileged container does it at the first new block."""
-    # It has counted before it says so, and forks nothing: what it looks for is there only while the pod grows.
+    # It has counted before it says so, and forks nothing: what it looks for is there only while pods grow.
     blocks = "set -- /sys/devices/system/memory/memory*"
-    script = f"{blocks}; n=$#; echo looks; while [ $# = $n ]; do {blocks}; done; echo c >/proc/sysrq-trigger"
+    looks = f"{blocks}; n=$#; echo looks; while [ $# = $n ]; do {blocks}; done"
+    script = f"{looks}; echo c >/proc/sysrq-trigger"
     privileged = {"security_context": {"privileged": True}}
     with crictl.pod("panics", linux=privileged) as pod:
         container = pod.start("watches", "sh", "-c", script, linux=privileged)
