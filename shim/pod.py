@@ -57,7 +57,7 @@ DRAIN_IDLE_S = 2.0
 NOTICED_S = 5.0
 """After the machine's end: for the processes' own ends to be noticed."""
 
-CAUSE_S = 1.0
+CAUSE_S = 5.0
 """How long an exit that a broken connection makes up waits until it is known what has broken."""
 
 EXECS_END_S = 5.0
@@ -357,8 +357,9 @@ class Pod:
     async def _end(
         self, container: TaskContainer, task: Task, exit_status: int, *, publish: bool = True
     ) -> None:
-        """The process is gone: let its output out, then tell. Does nothing the second time."""
+        """The process is gone: let its output out, then tell. The second time it waits for the first."""
         if task.is_ending:
+            await task.has_exited.wait()
             return
         task.is_ending = True
         exited_at = Timestamp()
@@ -366,7 +367,8 @@ class Pod:
         if not task.exec_id:
             await self._end_execs(container)
         if task.io is not None:
-            await task.io.drain(DRAIN_IDLE_S)
+            is_alive = self._sandbox is not None and not self._sandbox.is_dead
+            await task.io.drain(DRAIN_IDLE_S, self._answers if is_alive else None)
             if not publish or task.process is None:
                 await task.io.close()
         task.status, task.exit_status, task.exited_at = STOPPED, exit_status, exited_at
@@ -381,7 +383,20 @@ class Pod:
                     exited_at=exited_at,
                 )
             )
-        if container.id == self._main_id and not task.exec_id:
+        if container.id == self._main_id and not task.exec_id and self._sandbox is not None:
+            self._spawn(self._end_machine(self._sandbox, task.io))
+
+    async def _answers(self) -> None:
+        """Return when the guest answers, or is given up."""
+        if self._sandbox is not None:
+            with suppress(KataError):
+                await self._sandbox.agent.check()
+
+    async def _end_machine(self, sandbox: Sandbox, io: ProcessIO | None) -> None:
+        """After its main container's end. What a slow reader has not taken yet is still in there."""
+        if io is not None:
+            await io.ended()
+        if self._sandbox is sandbox:
             self._begin_teardown()
 
     async def _end_execs(self, container: TaskContainer) -> None:
@@ -390,7 +405,7 @@ class Pod:
         if watchers:
             await asyncio.wait(watchers, timeout=EXECS_END_S)
         for task in list(container.execs.values()):
-            if task.status != CREATED:
+            if task.status != CREATED and not task.is_ending:
                 await self._end(container, task, KILLED)
 
     async def exec(self, container_id: str, exec_id: str, spec: dict[str, Any], stdio: Stdio) -> None:
@@ -429,14 +444,15 @@ class Pod:
                 return
             if task.status == CREATED:
                 await self._end(container, task, KILLED, publish=False)
+            # First: what is unread goes with the container.
+            for each in container.tasks():
+                await self._close_io(each)
             if container.container is not None:
                 if container.id == self._main_id:
                     await self._delete_sandbox()
                 elif self._sandbox is not None:
                     await container.container.delete()
                 await katautils_create.post_stop_hooks(container.container)
-            for each in container.tasks():
-                await self._close_io(each)
             del self._containers[container.id]
             self._publisher.publish(
                 events_pb2.TaskDelete(
@@ -546,7 +562,7 @@ class Pod:
             self._begin_teardown()
             if self._teardown is not None:
                 await self._teardown
-            await self._end_all()
+            await self._end_all(list(self._containers.values()))
             try:
                 await self._delete_sandbox()
             except (KataError, OSError) as error:
@@ -559,17 +575,15 @@ class Pod:
         except KataError as error:
             reason = str(error)
         log.error("every container of the pod ends: %s", reason, extra={"sandbox": sandbox.id})
-        self._spawn(self._end_all())
+        self._begin_teardown()
 
-    async def _end_all(self) -> None:
-        """The machine is gone, and whoever waits for a process in it is about to notice."""
-        inits = [container.init for container in self._containers.values()]
+    async def _end_all(self, containers: Sequence[TaskContainer]) -> None:
+        """Their machine is gone, and whoever waits for a process in it is about to notice."""
+        inits = [container.init for container in containers]
         with suppress(TimeoutError):
             async with asyncio.timeout(NOTICED_S):
                 await asyncio.gather(*(init.has_exited.wait() for init in inits if init.watcher))
-        containers = list(self._containers.values())
         await asyncio.gather(*(self._end(container, container.init, KILLED) for container in containers))
-        self._begin_teardown()
 
     async def _watch_oom(self, sandbox: Sandbox) -> None:
         while True:
@@ -603,6 +617,8 @@ class Pod:
             await sandbox.stop()
         except KataError as error:
             log.error("the machine did not end: %s", error, extra={"sandbox": sandbox.id})
+        # Nobody waits for one that never started. Those to come are of another machine.
+        self._spawn(self._end_all(list(self._containers.values())))
 
     async def _delete_sandbox(self) -> None:
         self._begin_teardown()

@@ -21,7 +21,7 @@ from ttrpc import Server
 log = logging.getLogger(__name__)
 
 _GRACE_S = 1.0
-_EVENTS_S = 5.0
+_EVENTS_S = 20.0
 
 # <linux/prctl.h>, <linux/sched.h>
 _PR_SCHED_CORE = 62

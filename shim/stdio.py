@@ -134,6 +134,8 @@ class ProcessIO:
         self._stderr = stderr
         self._logger = logger
         self._read = 0
+        self._unanswered = 0
+        """Reads that the guest has not answered."""
         self._outputs: set[asyncio.Task[None]] = set()
         self._input: asyncio.Task[None] | None = None
 
@@ -190,16 +192,29 @@ class ProcessIO:
             async with asyncio.timeout(READER_PATIENCE_S):
                 await (self._stderr or self._stdout).write((reason + newline).encode())
 
-    async def drain(self, idle_s: float) -> None:
+    async def drain(self, idle_s: float, answers: Callable[[], Awaitable[None]] | None = None) -> None:
         """Return when the output has ended and is written, or when for `idle_s` no byte of it has moved.
 
         For a process that has exited: somebody else may have inherited its output, or nobody may read it.
+        With `answers`, which returns once the guest has answered something, a guest that stands still is no
+        such reason: what counts is `idle_s` after its answer.
         """
+        is_asked = False
         while pending := {task for task in self._outputs if not task.done()}:
             moved = self._moved
             await asyncio.wait(pending, timeout=idle_s)
-            if moved == self._moved:
+            if moved != self._moved:
+                is_asked = False
+            elif is_asked or answers is None or not self._unanswered:
                 return
+            else:
+                await answers()
+                is_asked = True
+
+    async def ended(self) -> None:
+        """Return when the output has ended and is written, or is cut."""
+        if self._outputs:
+            await asyncio.wait(self._outputs)
 
     async def close(self) -> None:
         """Cut what still flows; what was written stays readable. Idempotent."""
@@ -222,7 +237,7 @@ class ProcessIO:
         """To its end, also where it cannot be written: a process whose output nobody reads stands still."""
         is_told = False
         try:
-            while data := await read(CHUNK_BYTES):
+            while data := await self._ask(read):
                 self._read += len(data)
                 try:
                     await sink.write(data)
@@ -234,6 +249,13 @@ class ProcessIO:
             log.warning("output ends early: %s", error)
         finally:
             sink.close()
+
+    async def _ask(self, read: Callable[[int], Awaitable[bytes]]) -> bytes:
+        self._unanswered += 1
+        try:
+            return await read(CHUNK_BYTES)
+        finally:
+            self._unanswered -= 1
 
     async def _copy_input(self, source: Source, process: Process) -> None:
         try:

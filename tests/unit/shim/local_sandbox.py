@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,8 @@ class LocalProcess:
         self.spec = spec
         self.terminal = bool(spec.get("terminal"))
         self.size: tuple[int, int] | None = None
-        self.reads = 0
+        self.is_removed = False
+        """From the guest, and what was unread with it."""
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -58,13 +60,17 @@ class LocalProcess:
             raise KataError(f"crun: executable file `{name}` not found in $PATH: No such file") from None
 
     async def read_stdout(self, size: int) -> bytes:
-        self.reads += 1
         assert self.process.stdout is not None
-        return await self.process.stdout.read(size)
+        return await self._read(self.process.stdout, size)
 
     async def read_stderr(self, size: int) -> bytes:
         assert self.process.stderr is not None
-        return await self.process.stderr.read(size)
+        return await self._read(self.process.stderr, size)
+
+    async def _read(self, stream: asyncio.StreamReader, size: int) -> bytes:
+        if self.is_removed:
+            raise UnavailableError(f"process {self.id} is gone")
+        return await stream.read(size)
 
     async def write_stdin(self, data: bytes) -> int:
         assert self.process.stdin is not None
@@ -100,8 +106,14 @@ class LocalProcess:
 
     async def kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self.die()
             await self._process.wait()
+
+    def die(self) -> None:
+        """It may have died already without our having heard of it."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
 
 class LocalContainer:
@@ -146,12 +158,17 @@ class LocalContainer:
         return response
 
     async def stop(self, *, force: bool = False) -> None:
-        for process in (*self.processes.values(), self.process):
+        for process in self.all_processes():
             await process.kill()
         self.state = ContainerState.STOPPED
 
+    def all_processes(self) -> Sequence[LocalProcess]:
+        return (*self.processes.values(), self.process)
+
     async def delete(self) -> None:
         await self.stop()
+        for process in self.all_processes():
+            process.is_removed = True
         del self.sandbox.containers[self.id]
 
 
@@ -159,18 +176,29 @@ class LocalSandbox:
     def __init__(self, sandbox_id: str) -> None:
         self.id = sandbox_id
         self.hypervisor_pid = 4711
+        self.agent = self
         self.containers: dict[str, LocalContainer] = {}
         self.is_dead = False
+        self.is_stopped = False
         self.is_deleted = False
         self.death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.oom: asyncio.Queue[str] = asyncio.Queue()
 
     async def monitor(self) -> str:
         reason = await self.death
+        self.die()
+        return reason
+
+    def die(self) -> None:
+        """Everything in one instant."""
         self.is_dead = True
         for container in self.containers.values():
-            await container.stop()
-        return reason
+            for process in container.all_processes():
+                process.die()
+
+    async def check(self) -> None:
+        if self.is_dead:
+            raise UnavailableError("the machine is gone")
 
     async def wait_oom(self) -> str:
         return await self.oom.get()
@@ -178,6 +206,9 @@ class LocalSandbox:
     async def stop(self) -> None:
         for container in self.containers.values():
             await container.stop()
+            for process in container.all_processes():
+                process.is_removed = True
+        self.is_stopped = True
 
     async def delete(self) -> None:
         await self.stop()

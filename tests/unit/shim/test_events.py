@@ -62,7 +62,9 @@ def run(tmp_path: Path, body: Callable[[Containerd, Publisher], Awaitable[None]]
         finally:
             await publisher.close(0)
 
-    asyncio.run(main())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shim.events, "_FORWARD_TIMEOUT_S", TIMEOUT_S)
+        asyncio.run(main())
 
 
 def test_an_event_as_containerd_reads_it(tmp_path: Path) -> None:

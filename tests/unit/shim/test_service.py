@@ -431,6 +431,30 @@ def test_a_dead_machine_ends_every_process_and_the_pod_can_be_deleted(tmp_path: 
     run(tmp_path, body)
 
 
+@pytest.mark.parametrize("why", ["its main container ends", "it dies and nobody says why"])
+def test_with_its_machine_a_container_ends_that_never_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr(shim.pod, "CAUSE_S", 0.1)
+
+    async def body(shim: Shim) -> None:
+        await shim.run("c1", "sleep", "1000")
+        await shim.create("c3")
+        sandbox = shim.kata.sandbox
+        assert sandbox
+        if why == "its main container ends":
+            await sandbox.containers["c1"].process.signal(signal.SIGKILL)
+        else:
+            sandbox.die()
+        assert [await shim.wait("c1"), await shim.wait("c3")] == [137, 137]
+        exits = shim.events.of(events_pb2.TaskExit)
+        assert [(exit_.id, exit_.exit_status) for exit_ in exits] == [("c1", 137), ("c3", 137)]
+        for container_id in ("c3", "c1"):
+            assert (await shim.delete(container_id)).exit_status == 137
+
+    run(tmp_path, body)
+
+
 def test_a_process_whose_machine_dies_of_the_same_kill_is_killed(tmp_path: Path) -> None:
     """A guest that answers no more is found dead while it is asked to kill."""
 
@@ -532,6 +556,62 @@ def test_output_that_a_child_holds_open_does_not_hold_the_exit_back_for_ever(
     run(tmp_path, body)
 
 
+@pytest.mark.parametrize("container_id", ["c1", "c2"])
+def test_the_end_of_the_output_waits_for_a_reader_that_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container_id: str
+) -> None:
+    """Also when it is the pod's main container, whose end is the machine's."""
+    monkeypatch.setattr(shim.pod, "DRAIN_IDLE_S", 0.05)
+
+    async def body(shim: Shim) -> None:
+        if container_id != "c1":
+            await shim.run("c1", "sleep", "1000")
+        fifo = tmp_path / "fifo"
+        os.mkfifo(fifo)
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        # More than the fifo takes, and less than all the pipes on the way.
+        await shim.create(container_id, "head", "-c", "200000", "/dev/zero", stdout=str(fifo))
+        await shim.task.start(api.StartRequest(id=container_id))
+        assert await shim.wait(container_id) == 0
+        sandbox = shim.kata.sandbox
+        assert sandbox and not sandbox.is_stopped
+        monkeypatch.setattr("shim.pod.DRAIN_IDLE_S", TIMEOUT_S)
+        deleting = asyncio.create_task(shim.delete(container_id))
+        os.set_blocking(reader, True)
+        size = 0
+        while count := len(await asyncio.to_thread(os.read, reader, 65536)):
+            size += count
+        os.close(reader)
+        assert size == 200_000
+        await deleting
+
+    run(tmp_path, body)
+
+
+def test_the_machine_ends_once_the_output_of_its_main_container_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shim.pod, "DRAIN_IDLE_S", 0.05)
+
+    async def body(shim: Shim) -> None:
+        fifo = tmp_path / "fifo"
+        os.mkfifo(fifo)
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        await shim.create("c1", "head", "-c", "200000", "/dev/zero", stdout=str(fifo))
+        await shim.task.start(api.StartRequest(id="c1"))
+        assert await shim.wait() == 0
+        sandbox = shim.kata.sandbox
+        assert sandbox and not sandbox.is_stopped
+        os.set_blocking(reader, True)
+        while await asyncio.to_thread(os.read, reader, 65536):
+            pass
+        os.close(reader)
+        await until(lambda: sandbox.is_stopped)
+        assert not sandbox.is_deleted
+
+    run(tmp_path, body)
+
+
 def test_the_client_may_go_while_something_is_done(tmp_path: Path) -> None:
     async def body(shim: Shim) -> None:
         await shim.create("c1", "sleep", "1000")
@@ -571,6 +651,7 @@ def test_a_container_killed_while_it_starts_ends(tmp_path: Path) -> None:
         starting = asyncio.create_task(shim.task.start(api.StartRequest(id="c1")))
         await shim.kata.starting.wait()
         killing = asyncio.create_task(shim.kill())
+        await asyncio.sleep(0)
         # Answered after it, on the same connection: the kill has arrived.
         await shim.state()
         shim.kata.may_start.set()

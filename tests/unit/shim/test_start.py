@@ -245,6 +245,7 @@ def test_every_containerd_gets_the_answer_it_reads() -> None:
 
 def test_what_containerd_2_3_says_on_stdin_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTRPC_ADDRESS", "/old.ttrpc")
+    monkeypatch.setenv("GRPC_ADDRESS", "/old")
     flags = Flags()
     flags.id, flags.namespace, flags.address = "c1", NAMESPACE, "/old"
     params = BootstrapParams(
@@ -259,7 +260,7 @@ def test_what_containerd_2_3_says_on_stdin_counts(monkeypatch: pytest.MonkeyPatc
     bootstrap = Bootstrap(flags, params.SerializeToString())
     assert (bootstrap.address, bootstrap.socket_directory) == ("/new", "/run/sockets")
     assert (flags.debug, flags.publish_binary) == (True, "/usr/bin/new")
-    assert os.environ["TTRPC_ADDRESS"] == "/new.ttrpc"
+    assert (os.environ["TTRPC_ADDRESS"], os.environ["GRPC_ADDRESS"]) == ("/new.ttrpc", "/new")
 
 
 def test_the_sockets_name_is_containerds_own_rule() -> None:

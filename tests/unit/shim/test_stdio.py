@@ -36,11 +36,13 @@ class Client:
             terminal,
         )
         self.received = {"stdout": b"", "stderr": b""}
+        self.reading: set[str] = set()
         self._threads: list[threading.Thread] = []
 
     def read(self, *names: str, pause_s: float = 0.0) -> None:
         def copy(name: str) -> None:
             with self.paths[name].open("rb", buffering=0) as fifo:
+                self.reading.add(name)
                 while data := fifo.read(65536):
                     self.received[name] += data
                     time.sleep(pause_s)
@@ -87,6 +89,8 @@ def test_megabytes_through_cat_come_back_whole(tmp_path: Path) -> None:
         io = await ProcessIO.open(client.stdio, "default", "p")
         process = await spawn("sh", "-c", "cat; echo end >&2")
         io.start(process)
+        # Released before its writer has come, stdin would end at once.
+        await until(lambda: client.received["stdout"])
         io.release_stdin()
         assert await process.wait() == 0
         await io.drain(TIMEOUT_S)
@@ -178,8 +182,9 @@ def test_a_vanished_reader_does_not_stop_the_process_and_may_come_back(
         io = await ProcessIO.open(client.stdio, "default", "p")
         process = await spawn("sh", "-c", "head -c 1000000 /dev/zero; echo >&2; cat")
         os.close(reader)
-        io.start(process)
+        # Before it is given up in its turn.
         err = await asyncio.to_thread(client.paths["stderr"].open, "rb", 0)
+        io.start(process)
         assert await asyncio.to_thread(err.read, 1) == b"\n", "the process waits for a reader"
         reader = os.open(client.paths["stdout"], os.O_RDONLY | os.O_NONBLOCK)
         await process.write_stdin(b"back\n")
@@ -221,11 +226,46 @@ def test_draining_ends_when_somebody_else_holds_the_output(tmp_path: Path) -> No
         io = await ProcessIO.open(client.stdio, "default", "p")
         process = await spawn("sh", "-c", "sleep 1000 & echo done")
         io.start(process)
-        await until(lambda: client.received["stdout"] == b"done\n")
+        # Whoever opens a fifo after its writer has gone waits for another.
+        await until(lambda: client.received["stdout"] == b"done\n" and "stderr" in client.reading)
         await io.drain(0.5)
         await io.close()
         await client.done()
         process.abandon()
+
+    run(body)
+
+
+class SilentProcess(LocalProcess):
+    """In a guest that stands still before it hands out the end."""
+
+    is_read: asyncio.Event
+    goes_on: asyncio.Event
+
+    async def read_stdout(self, size: int) -> bytes:
+        data = await super().read_stdout(size)
+        self.is_read.set()
+        await self.goes_on.wait()
+        return data
+
+
+def test_the_silence_of_a_guest_that_stands_still_is_not_the_end(tmp_path: Path) -> None:
+    async def body() -> None:
+        path = tmp_path / "log"
+        io = await ProcessIO.open(Stdio("", f"file://{path}", "", False), "default", "p")
+        process = SilentProcess(LocalSandbox("s"), "p", {"args": ["echo", "late"]})
+        process.is_read, process.goes_on = asyncio.Event(), asyncio.Event()
+        await process.spawn()
+        io.start(process)  # type: ignore[arg-type]
+        assert await process.wait() == 0
+        await process.is_read.wait()
+
+        async def answers() -> None:
+            process.goes_on.set()
+
+        await io.drain(0.05, answers)
+        await io.close()
+        assert path.read_text() == "late\n"
 
     run(body)
 
@@ -310,7 +350,11 @@ def test_a_logging_binary_gets_everything(
     run(body)
 
 
-def test_a_logging_binary_that_dies_does_not_stop_the_process(tmp_path: Path) -> None:
+def test_a_logging_binary_that_dies_does_not_stop_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shim.stdio, "LOGGER_READY_S", TIMEOUT_S)
+
     async def body() -> None:
         uri = f"binary://{logger(tmp_path, 'exit 1')}"
         io = await ProcessIO.open(Stdio("", uri, uri, False), "default", "c1")
