@@ -15,7 +15,7 @@ from katautils.factory import handle_factory
 from katautils.hooks import run_hooks
 from virtcontainers.config import ContainerConfig, ContainerType, Mount, OCISpec
 from virtcontainers.container import Container
-from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError, KataError
+from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError
 from virtcontainers.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
@@ -57,9 +57,9 @@ async def create_sandbox(
 
     try:
         return await virtcontainers.sandbox.create_sandbox(sandbox_config, factory, prestart=prestart)
-    except KataError:
+    except BaseException:
         if have_hooks_begun:
-            await _post_stop_hooks(sandbox_config.container)
+            await asyncio.shield(_post_stop_hooks(sandbox_config.container))
         raise
 
 
@@ -82,12 +82,15 @@ async def create_container(
     container = await sandbox.create_container(config)
     try:
         await _create_hooks(sandbox, config)
-    except BaseException as error:
-        await asyncio.shield(container.delete())
-        if isinstance(error, KataError):
-            await _post_stop_hooks(config)
+    except BaseException:
+        await asyncio.shield(_give_up(container))
         raise
     return container
+
+
+async def _give_up(container: Container) -> None:
+    await container.delete()
+    await post_stop_hooks(container)
 
 
 async def start_container(container: Container) -> None:
@@ -113,7 +116,7 @@ async def _hooks(stage: str, sandbox: Sandbox, config: ContainerConfig) -> None:
 
 
 async def _post_stop_hooks(config: ContainerConfig) -> None:
-    # Also when a creation fails after other hooks have run: runtime-spec, runtime.md#lifecycle.
+    # Also of a creation that ends after other hooks have run: runtime-spec, runtime.md#lifecycle.
     await run_hooks("poststop", config.spec, container_id=config.id, bundle=config.bundle, pid=0)
 
 

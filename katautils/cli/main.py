@@ -12,6 +12,22 @@ from katautils import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 for a failure; argparse itself exits with 2 for wrong usage."""
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            # What is short is only written here. It is None where there is no stdout.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough; and the interpreter must not flush into it once more.
+        sys.stdout = None
+        return 1
+    except KeyboardInterrupt:
+        return 130  # as shells have it: 128 + SIGINT
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:
@@ -24,32 +40,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from virtcontainers.errors import KataError
 
     try:
-        if options.command == "check":
-            from katautils.cli.check import check
-
-            return check(options.config)
-        if options.command == "factory":
-            return _factory(options)
-        if options.command == "iptables":
-            from katautils.cli import iptables
-
-            if options.action == "get":
-                return iptables.get(options.sandbox_id, is_ipv6=options.v6)
-            return iptables.set_(options.sandbox_id, options.file, is_ipv6=options.v6)
-        if options.command == "direct-volume":
-            return _direct_volume(options)
-        from katautils.cli.env import env
-
-        return env(options.config, as_json=options.json)
+        return _run(options)
     except KataError as error:
         print(f"kata-py: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader has seen enough; and the interpreter must not flush into it once more.
-        sys.stdout = None
-        return 1
-    except KeyboardInterrupt:
-        return 130  # as shells have it: 128 + SIGINT
+
+
+def _run(options: argparse.Namespace) -> int:
+    match options.command:
+        case "check":
+            from katautils.cli.check import check
+
+            return check(options.config)
+        case "factory":
+            return _factory(options)
+        case "iptables":
+            return _iptables(options)
+        case "direct-volume":
+            return _direct_volume(options)
+        case _:
+            from katautils.cli.env import env
+
+            return env(options.config, as_json=options.json)
+
+
+def _iptables(options: argparse.Namespace) -> int:
+    from katautils.cli import iptables
+
+    if options.action == "get":
+        return iptables.get(options.sandbox_id, is_ipv6=options.v6)
+    return iptables.set_(options.sandbox_id, options.file, is_ipv6=options.v6)
 
 
 def _factory(options: argparse.Namespace) -> int:

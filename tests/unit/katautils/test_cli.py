@@ -60,6 +60,12 @@ def on_a_terminal(*arguments: str | Path, **environment: str) -> str:
     return seen.decode().replace("\r\n", "\n")
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the programs that are asked for their versions."""
+    monkeypatch.setattr(containerd, "_TIMEOUT_S", 120)
+
+
 @pytest.fixture
 def program(tmp_path: Path) -> Callable[..., Path]:
     """A program that prints one line, and exits with a status."""
@@ -379,3 +385,21 @@ def test_a_reader_that_has_seen_enough_is_no_traceback(write_config: WriteConfig
     result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
     assert result.stdout == "[kata-py]\n"
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("command", ["env", "version", "--help"])
+def test_a_reader_that_sees_nothing_is_no_traceback(write_config: WriteConfig, command: str) -> None:
+    arguments = [command, "--config", str(write_config())] if command == "env" else [command]
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "katautils.cli.main", *arguments],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        os.close(write)
+    assert (result.returncode, result.stderr) == (1, "")

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -17,6 +17,11 @@ from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError,
 from virtcontainers.factory.direct import Direct
 from virtcontainers.sandbox import Sandbox
 
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from virtcontainers.config import ContainerConfig
+
 CRI = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "pod"}
 
 
@@ -26,6 +31,26 @@ def create(bundle: Path, config: Path | None, container_id: str = "kata-py-unit-
 
 class KnownSandbox:
     id = "pod"
+    hypervisor_pid = 4711
+
+    def __init__(self) -> None:
+        self.containers: list[str] = []
+
+    async def create_container(self, config: ContainerConfig) -> KnownContainer:
+        self.containers.append(config.id)
+        return KnownContainer(self, config)
+
+    async def while_alive(self, work: Awaitable[None]) -> None:
+        await work
+
+
+class KnownContainer:
+    def __init__(self, sandbox: KnownSandbox, config: ContainerConfig) -> None:
+        self.sandbox = sandbox
+        self.config = config
+
+    async def delete(self) -> None:
+        self.sandbox.containers.remove(self.config.id)
 
 
 def test_a_container_of_a_pod_needs_its_pod(write_bundle: Callable[..., Path]) -> None:
@@ -45,6 +70,32 @@ def test_only_containers_of_the_pod_join_it(write_bundle: Callable[..., Path]) -
         join({})
     with pytest.raises(InvalidArgumentError, match="c2: found sandbox other, expected pod"):
         join({**CRI, "io.kubernetes.cri.sandbox-id": "other"})
+
+
+def test_a_creation_given_up_while_its_hooks_run_is_undone_with_the_hooks_for_it(
+    write_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    def shell(script: str) -> dict[str, Any]:
+        return {"path": "/bin/sh", "args": ["sh", "-c", script]}
+
+    hooks = {
+        "createRuntime": [shell(f"touch {tmp_path}/begun; exec sleep 1000")],
+        "poststop": [shell(f"touch {tmp_path}/undone")],
+    }
+    bundle = write_bundle({"annotations": CRI, "hooks": hooks})
+    pod = KnownSandbox()
+
+    async def give_up() -> None:
+        creating = asyncio.create_task(create_container(cast(Sandbox, pod), bundle, "c2", [], terminal=False))
+        while not (tmp_path / "begun").exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        creating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await creating
+
+    asyncio.run(give_up())
+    assert (tmp_path / "undone").exists()
+    assert pod.containers == []
 
 
 def test_what_is_wrong_before_the_machine_is_told(
