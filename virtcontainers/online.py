@@ -24,7 +24,7 @@ _POLL_S = 0.02
 _SETTLED_S = 10.0
 """Blocks that are all there, and that the agent says it has onlined, count within that time."""
 _TAKE_BACK_TIMEOUT_S = 5.0
-_DEATH_TIMEOUT_S = 1.0
+_DEATH_TIMEOUT_S = 3.0
 
 
 class MachineEnded(HypervisorError, UnavailableError):

@@ -35,7 +35,7 @@ from virtcontainers.errors import KataError
 from virtcontainers.factory import Factory, new_factory
 from virtcontainers.factory.direct import Direct
 from virtcontainers.hypervisor import qemu, qmp, vhost_vsock, virtiofsd
-from virtcontainers.hypervisor.base import BootTimeout, HypervisorError, QMPFailed, VMState
+from virtcontainers.hypervisor.base import BootTimeout, HypervisorError, QMPFailed, QMPTimeout, VMState
 from virtcontainers.hypervisor.process import find_processes
 from virtcontainers.hypervisor.qemu import Qemu
 from virtcontainers.vm import VM, VMConfig
@@ -323,7 +323,7 @@ def test_a_frozen_qemu_is_a_qmp_timeout_and_can_be_stopped_by_many(
         async with machine(vm_id, config, shared, booted=False) as vm:
             os.kill(vm.hypervisor.pid, signal.SIGSTOP)
             monkeypatch.setattr(qmp.QMP.execute, "__kwdefaults__", {"timeout_s": 1.0})
-            with pytest.raises(QMPFailed, match="QMP stop: no answer within 1 s"):
+            with pytest.raises(QMPTimeout, match="QMP stop: no answer within 1 s"):
                 await vm.pause()
             await asyncio.gather(vm.stop(), vm.stop(), vm.hypervisor.stop_vm())
 
@@ -428,7 +428,8 @@ def test_a_guest_that_panics_is_told_at_once_with_its_last_words(
 ) -> None:
     panics = changed(config, kernel_params="rdinit=/none root=/dev/none")
     error = failure_of(vm_id, panics, shared)
-    assert "the machine ended before its agent answered: qemu" in str(error)
+    # It may be gone before QEMU has been asked for its vCPUs.
+    assert re.search("(the machine ended before its agent answered|did not start): qemu", str(error))
     assert "--- console.log:" in str(error) and "Kernel panic" in str(error)
 
 
@@ -443,7 +444,7 @@ def test_an_agent_that_never_answers_is_a_timeout_with_the_consoles_end(
     assert "no answer within" in str(error)
     # A kernel that says nothing more can still be found out.
     assert re.search(
-        r"\(dial_timeout in \[agent\.kata\]\); vCPU 0 (running|halted) at [0-9a-f]{16}", str(error)
+        r"\(dial_timeout in \[agent\.kata\]\); vCPU 0 (running|halted) at [0-9a-f]{8,16}", str(error)
     )
     assert "--- console.log:" in str(error)
 

@@ -16,8 +16,9 @@ _TARGET_BYTES = 1 << 20
 """Less than any guest can live in: the balloon stops growing where the guest's kernel finds nothing more."""
 
 _POLL_S = 0.02
-_STILL_S = 0.5
-"""A balloon that gets no page tries again after 0.2 s (Linux, drivers/virtio/virtio_balloon.c)."""
+_STILL_LOOKS = 25
+"""So many that find the same: half a second. A balloon that gets no page tries again after 0.2 s (Linux,
+drivers/virtio/virtio_balloon.c)."""
 _UNPLUG_TIMEOUT_S = 30.0
 
 
@@ -68,10 +69,10 @@ async def _wait(qmp: QMP, reached: Callable[[int], bool]) -> None:
 
 
 async def _settled(qmp: QMP) -> int:
-    clock = asyncio.get_running_loop().time
-    size, since = await _size(qmp), clock()
-    while clock() - since < _STILL_S:
+    """Looks are counted, and no time: that goes by also while neither QEMU nor its guest is run."""
+    size, same = await _size(qmp), 0
+    while same < _STILL_LOOKS:
         await asyncio.sleep(_POLL_S)
-        if (found := await _size(qmp)) != size:
-            size, since = found, clock()
+        found = await _size(qmp)
+        size, same = found, same + 1 if found == size else 0
     return size

@@ -35,6 +35,10 @@ class QMPFailed(HypervisorError):
     """QEMU refused a QMP command; the message names the command and QEMU's reason."""
 
 
+class QMPTimeout(QMPFailed):
+    """QEMU has not answered in time; nothing is known of what it makes of the command."""
+
+
 class QMPClosed(QMPFailed, UnavailableError):
     """QEMU is gone, or about to be."""
 

@@ -147,11 +147,16 @@ class MachineProcess:
     async def terminate(self, timeout_s: float = _TERMINATE_TIMEOUT_S) -> None:
         """SIGTERM, later SIGKILL; returns when it is gone. Idempotent."""
         if self.running:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+            self._send(signal.SIGTERM)
             done, _ = await asyncio.wait({self._ended}, timeout=timeout_s)
             if not done:
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                self._send(signal.SIGKILL)
         await self.wait()
+
+    def _send(self, number: signal.Signals) -> None:
+        # One that was adopted has another parent, which may have waited for it before we see its end.
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
 
 
 def _log_of(name: str, directory: Path) -> Path:

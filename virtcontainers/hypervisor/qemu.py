@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -34,7 +35,9 @@ from virtcontainers.hypervisor.base import (
     HypervisorError,
     NetDevice,
     Persisted,
+    QMPClosed,
     QMPFailed,
+    QMPTimeout,
     RestoreFailed,
     VMState,
     vm_dir,
@@ -85,6 +88,7 @@ _VSOCK_SOCKET = "vsock"
 _VHOST_DEVICE_VSOCK = "vhost-device-vsock"
 _SHARE = "fs0"
 _LAST_WORDS_TIMEOUT_S = 1.0
+_DAEMONS_END_TIMEOUT_S = 0.2
 _CONSOLE_TAIL_LINES = 30
 """A panic's reason stands above its trace of some 20 lines."""
 # CPU#0\nRAX=... RIP=ffffffff81c01220 RFL=00000046 [---Z-P-] CPL=0 II=0 A20=1 SMM=0 HLT=0
@@ -293,11 +297,14 @@ class Qemu(Hypervisor):
             raise await self._start_failure(error) from error
         if self.config.boot_from_template:
             await self._restore(max(0.0, deadline - clock()))
-        if self._plugs_hvsock:
-            await self._plug_hvsock()
-        if self.config.boot_from_template:
-            await self._plug_share()
-        await self._find_vcpus()
+        try:
+            if self._plugs_hvsock:
+                await self._plug_hvsock()
+            if self.config.boot_from_template:
+                await self._plug_share()
+            await self._find_vcpus()
+        except QMPClosed as error:
+            raise await self._start_failure(error) from error
         self.state = VMState.PAUSED if self.config.boot_from_template else VMState.RUNNING
         self._log.debug("QEMU (pid %d) runs after %.0f ms", self._qemu.pid, 1000 * (clock() - started_at))
 
@@ -311,7 +318,9 @@ class Qemu(Hypervisor):
                 # It ends by itself when it cannot make anything of the state.
                 async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
                     await self._qemu.wait()
-            kind = HypervisorError if self.was_killed else RestoreFailed
+            # Whoever does not answer in time may do so of any state.
+            innocent = self.was_killed or isinstance(error, QMPTimeout)
+            kind = HypervisorError if innocent else RestoreFailed
             raise kind(with_tail(str(error), self._qemu.log)) from error
 
     @property
@@ -383,6 +392,8 @@ class Qemu(Hypervisor):
             if clock() > deadline:
                 raise BootTimeout(f"vhost-device-vsock has not read {unread} bytes within {timeout_s:g} s")
             await asyncio.sleep(_PLUGGED_POLL_S)
+        # To do what it has read takes it a moment more.
+        await asyncio.sleep(_PLUGGED_POLL_S)
         self._close_vsock_connection()
 
     def _close_vsock_connection(self) -> None:
@@ -515,18 +526,25 @@ class Qemu(Hypervisor):
         return process
 
     async def _start_failure(self, error: HypervisorError) -> HypervisorError:
-        """Why QMP is not there: as a rule because somebody died, who said why in his log."""
+        """Why QMP is not there: as a rule because somebody died, who said why in his log, or on the console
+        when it was the guest."""
         assert self._qemu is not None
         with contextlib.suppress(TimeoutError):
             # QMP's end is seen before the death that caused it.
             async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
                 await self._qemu.wait()
+        with contextlib.suppress(TimeoutError):
+            # And QEMU's before the daemon's that it died of.
+            async with asyncio.timeout(_DAEMONS_END_TIMEOUT_S):
+                for daemon in self._daemons:
+                    await daemon.wait()
         dead = [process for process in (*self._daemons, self._qemu) if not process.running]
         # A daemon that failed comes first: QEMU only died of it. One that ended well died of QEMU.
         if dead := [process for process in dead if not process.ended_well] or dead:
             reasons = [await process.wait_with_tail() for process in dead]
-            return HypervisorError(f"{self.config.path} did not start: " + "\n".join(reasons))
-        return BootTimeout(with_tail(str(error), self._qemu.log))
+            told = f"{self.config.path} did not start: " + "\n".join(reasons)
+            return HypervisorError(self.with_console_tail(told))
+        return BootTimeout(self.with_console_tail(with_tail(str(error), self._qemu.log)))
 
     async def stop_vm(self) -> None:
         self.state = VMState.STOPPED
@@ -540,7 +558,7 @@ class Qemu(Hypervisor):
         await asyncio.gather(*(daemon.terminate() for daemon in self._daemons))
         if self._console is not None:
             self._console.close()
-        if self._others is not None:
+        if self._daemons or self._others is not None:
             # What they have forked, and all of them when they were not attached to.
             await end_processes(self.directory)
         remove_directory(self.directory, self._link)
@@ -897,6 +915,13 @@ def remove_directory(directory: Path, link: Path | None = None) -> None:
             if link.readlink().name == directory.name:
                 link.unlink()
     with contextlib.suppress(FileNotFoundError):
-        for entry in list(directory.iterdir()):
-            entry.unlink(missing_ok=True)
-        directory.rmdir()
+        while True:
+            for entry in list(directory.iterdir()):
+                entry.unlink(missing_ok=True)
+            try:
+                directory.rmdir()
+                return
+            except OSError as error:
+                # The cache's server may have taken it for a machine that nobody owns just when `owner` went.
+                if error.errno != errno.ENOTEMPTY:
+                    raise

@@ -12,7 +12,7 @@ from typing import Any
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
-from virtcontainers.hypervisor.base import HypervisorError, QMPClosed, QMPFailed
+from virtcontainers.hypervisor.base import HypervisorError, QMPClosed, QMPFailed, QMPTimeout
 
 # What it logs at ERROR is raised as well, and here told with more words.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -58,12 +58,13 @@ class QMP:
         *,
         timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> Any:
-        """Raises QMPFailed, with the command's name and QEMU's reason, and QMPClosed when QEMU ends."""
+        """Raises QMPFailed, with the command's name and QEMU's reason, QMPTimeout when it does not answer,
+        and QMPClosed when it ends."""
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._client.execute(command, arguments)
         except TimeoutError:
-            raise QMPFailed(f"QMP {command}: no answer within {timeout_s:g} s") from None
+            raise QMPTimeout(f"QMP {command}: no answer within {timeout_s:g} s") from None
         except ExecuteError as error:
             raise QMPFailed(f"QMP {command}: {error}") from error
         except (QMPError, OSError, EOFError) as error:

@@ -21,7 +21,7 @@ DAEMONS = (
     Path("/usr/libexec/kata-py/virtiofsd"),
 )
 _CACHE_MODES = ("auto", "always", "metadata", "never")
-_VERSION_TIMEOUT_S = 10.0
+_VERSION_TIMEOUT_S = 30.0
 
 # Of the Rust daemon's options, `_` for `-`, those that the C one has as words after -o.
 _C_OPTIONS = frozenset((

@@ -116,9 +116,9 @@ def test_the_vcpu_that_came_last_goes_first_and_those_of_the_start_stay(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monitor = Monitor([1, 2, 3], keeps=0)
-    assert asyncio.run(hotplug(monitor).remove_vcpus(2, timeout_s=5)) == 2
+    assert asyncio.run(hotplug(monitor).remove_vcpus(2, timeout_s=60)) == 2
     assert monitor.asked == ["cpu-3", "cpu-2"]
-    assert asyncio.run(hotplug(monitor).remove_vcpus(2, timeout_s=5)) == 1
+    assert asyncio.run(hotplug(monitor).remove_vcpus(2, timeout_s=60)) == 1
     assert monitor.plugged == []
     assert "2 vCPUs are to be unplugged, of which only 1 can" in caplog.text
 

@@ -10,7 +10,7 @@ from processes import runs
 
 from virtcontainers.hypervisor.base import HypervisorError
 from virtcontainers.hypervisor.capabilities import Capability
-from virtcontainers.hypervisor.process import MachineProcess, end_processes, find_processes
+from virtcontainers.hypervisor.process import MARK, MachineProcess, end_processes, find_processes
 
 STUBBORN = "trap '' TERM; echo ready; while :; do sleep 0.1; done"
 
@@ -151,6 +151,8 @@ def test_a_process_that_outlives_its_starter_is_adopted(tmp_path: Path) -> None:
     async def body() -> None:
         with pytest.raises(HypervisorError, match=rf"daemon \(pid {pid}\) is none of the machine in /other"):
             MachineProcess.adopt("daemon", pid, directory=Path("/other"))
+        # The kernel shows a new program's environment a moment after it has begun.
+        await until(lambda: find_processes(tmp_path) == [pid])
         process = MachineProcess.adopt("daemon", pid, directory=tmp_path)
         assert process.running and runs(pid)
         await process.terminate()
@@ -171,6 +173,20 @@ def test_one_that_is_adopted_and_ignores_sigterm_is_killed(tmp_path: Path) -> No
         assert await child.wait() == f"daemon (pid {child.pid}) was killed by SIGKILL"
 
     asyncio.run(body())
+
+
+def test_one_that_is_adopted_may_have_been_waited_for_by_its_parent(tmp_path: Path) -> None:
+    async def body() -> None:
+        await until(lambda: find_processes(tmp_path) == [child.pid])
+        process = MachineProcess.adopt("daemon", child.pid, directory=tmp_path)
+        child.kill()
+        child.wait()
+        assert process.running, "its end is not seen yet"
+        await process.terminate()
+        assert await process.wait() == f"daemon (pid {child.pid}) ended"
+
+    with subprocess.Popen(["/bin/sleep", "600"], env={MARK: str(tmp_path)}) as child:
+        asyncio.run(body())
 
 
 def test_another_process_finds_and_ends_them_and_nobody_else(tmp_path: Path) -> None:

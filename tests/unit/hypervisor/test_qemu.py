@@ -1,6 +1,9 @@
-"""What QEMU's driver refuses before it starts anything."""
+"""What QEMU's driver refuses before it starts anything, and what it makes of ends and failures."""
 
+import asyncio
 import logging
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,10 @@ import pytest
 from agent_client.transports import SerialAddress
 from virtcontainers.config import Accel, AgentConfig, AgentTransport, HypervisorConfig, SharedFS
 from virtcontainers.errors import InvalidArgumentError
-from virtcontainers.hypervisor.base import HypervisorError, VMState
-from virtcontainers.hypervisor.qemu import Qemu
+from virtcontainers.hypervisor.base import HypervisorError, QMPFailed, QMPTimeout, RestoreFailed, VMState
+from virtcontainers.hypervisor.process import MachineProcess, find_processes
+from virtcontainers.hypervisor.qemu import Qemu, remove_directory
+from virtcontainers.hypervisor.qmp import QMP
 
 
 @pytest.fixture
@@ -124,9 +129,94 @@ def test_planning_touches_nothing(
     assert qemu.save()["directory"] == str(tmp_path / "vc/vm/pod")
     assert qemu.get_pids() == []
     assert set(tmp_path.iterdir()) == before
-    assert [record.message for record in caplog.records] == [
+    assert [record.message for record in caplog.records if record.name != "asyncio"] == [
         "the machine is emulated (TCG), which is slow: tcg is configured"
     ]
+
+
+# What a QEMU does whose guest panics: it may be gone before anybody has asked it anything.
+PANICS = """#!{python}
+import re, socket, sys
+print("Kernel panic", flush=True)
+if {greets}:
+    fd = int(re.search(r"id=qmp,[^ ]*fd=([0-9]+)", " ".join(sys.argv))[1])
+    connection, _ = socket.socket(fileno=fd).accept()
+    connection.sendall(b'{{"QMP": {{"version": {{}}, "capabilities": []}}}}\\r\\n')
+    connection.recv(1000)
+    connection.sendall(b'{{"return": {{}}}}\\r\\n')
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="machines need root")
+@pytest.mark.parametrize("greets", [False, True])
+def test_a_guest_that_ends_while_its_qemu_starts_has_the_last_word(
+    tmp_path: Path, config: HypervisorConfig, greets: bool
+) -> None:
+    (tmp_path / "qemu").write_text(PANICS.format(python=sys.executable, greets=greets))
+    qemu = machine(tmp_path, config)
+    qemu.create_vm()
+    expected = r"qemu did not start: qemu \(pid \d+\) exited with status 0\n--- console.log:\nKernel panic$"
+    with pytest.raises(HypervisorError, match=expected):
+        asyncio.run(qemu.start_vm(60))
+    assert not qemu.directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(QMPFailed("a broken state"), RestoreFailed), (QMPTimeout("no answer"), HypervisorError)],
+)
+def test_a_qemu_that_is_slow_tells_nothing_of_its_template(
+    tmp_path: Path, config: HypervisorConfig, error: QMPFailed, told: type[HypervisorError]
+) -> None:
+    class Monitor(QMP):
+        def __init__(self) -> None:
+            pass
+
+        async def migrate_incoming(self, path: Path, *, timeout_s: float) -> None:
+            raise error
+
+    async def body() -> None:
+        qemu = machine(tmp_path, replace(config, devices_state_path=tmp_path / "state"))
+        qemu.directory.mkdir(parents=True)
+        qemu._qemu = MachineProcess.start("qemu", ["/bin/true"], directory=qemu.directory)
+        qemu._qmp = Monitor()
+        with pytest.raises(HypervisorError) as raised:
+            await qemu._restore(60)
+        assert type(raised.value) is told
+
+    asyncio.run(body())
+
+
+def test_what_a_daemon_has_forked_ends_with_the_machine(tmp_path: Path, config: HypervisorConfig) -> None:
+    async def body() -> None:
+        qemu = machine(tmp_path, config)
+        qemu.directory.mkdir(parents=True)
+        daemon = qemu._start_daemon("virtiofsd", ["/bin/sh", "-c", "setsid sleep 600 & wait"])
+        while len(find_processes(qemu.directory)) < 2:
+            assert daemon.running
+            await asyncio.sleep(0.01)
+        await qemu.stop_vm()
+        assert find_processes(qemu.directory) == []
+        assert not qemu.directory.exists()
+
+    asyncio.run(body())
+
+
+def test_a_directory_in_which_a_file_is_made_meanwhile_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rmdir = Path.rmdir
+    late = ["owner"]
+
+    def remove(path: Path) -> None:
+        if late:
+            (path / late.pop()).touch()
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", remove)
+    (tmp_path / "vm").mkdir()
+    remove_directory(tmp_path / "vm")
+    assert not late and not (tmp_path / "vm").exists()
 
 
 def test_no_more_slots_are_given_than_the_bridges_have(tmp_path: Path, config: HypervisorConfig) -> None:
