@@ -53,7 +53,7 @@ _SETTLE_S = 0.1
 _GIVEN_PAUSE_S = 1.0
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
-_CALLS_GRACE_S = 1.0
+_CALLS_GRACE_S = 10.0
 _CONNECT_TIMEOUT_S = 1.0
 
 
@@ -169,12 +169,7 @@ class CacheServer:
         share = FilesystemShare(vm_id)
 
         def on_planned(persisted: Persisted, share_of: str | None = None) -> None:
-            directory = Path(persisted["directory"])
-            try:
-                directory.mkdir(parents=True, mode=0o700)
-                (directory / _SERVER).write_text(_process(os.getpid()))
-            except OSError as error:
-                raise KataError(f"machine {directory}: {error}") from error
+            _make_directory(Path(persisted["directory"]))
             share.prepare()
 
         try:
@@ -383,6 +378,18 @@ def _remove_stale(endpoint: Path) -> None:
 # -- what a server has left that was killed
 
 
+def _make_directory(directory: Path) -> None:
+    """A machine's, of this server. Raises KataError."""
+    # Without its server in it, another server that starts just then takes it for an orphan.
+    new = directory.with_name(f".{directory.name}")
+    try:
+        new.mkdir(parents=True, mode=0o700)
+        (new / _SERVER).write_text(_process(os.getpid()))
+        new.rename(directory)
+    except OSError as error:
+        raise KataError(f"machine {directory}: {error}") from error
+
+
 async def end_orphans() -> int:
     """End the machines that a server has made which is gone, and that no pod has; returns how many.
 
@@ -396,6 +403,10 @@ async def end_orphans() -> int:
                 ended += 1
         except KataError as error:
             failures.append(error)
+    # Of machines that were only about to be made.
+    for new in (RUN_VC / "vm").glob(".cache-*"):
+        if _is_orphan(new):
+            remove_directory(new)
     for root in _named(SHARED_SANDBOXES):
         if not vm_dir(RUN_VC, root.name).exists():
             try:

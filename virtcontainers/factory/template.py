@@ -48,6 +48,7 @@ waited in vain is still to be booted."""
 _FAILURE_KEPT_S = 60.0
 """For so long nobody tries again what has failed: each of many pods would wait for it to fail once more."""
 _SQUEEZE_TIMEOUT_S = 30.0
+"""At least: where a guest is given longer to boot, it is slow at this, too."""
 _STATE_LIMIT_BYTES = 64 << 20
 _ROOM_BYTES = 64 << 20
 """On the tmpfs, beside the memory."""
@@ -104,14 +105,28 @@ class TemplateInfo:
 
 def read_template(path: Path) -> TemplateInfo:
     """The template of `template_path`. Raises TemplateMissing; KataError with what is broken about one."""
+    while True:
+        directory = _current(path)
+        try:
+            return _read_build(path, directory)
+        except KataError:
+            # Another builder may have exchanged it meanwhile, and have removed this one.
+            if _current(path) == directory:
+                raise
+
+
+def _current(path: Path) -> Path:
     try:
-        directory = path / (path / "current").readlink()
+        return path / (path / "current").readlink()
     except PermissionError as error:
         raise KataError(f"the template in {path}: {error.strerror}") from None
     except OSError as error:
         raise TemplateMissing(f"there is no template in {path}: {error.strerror}") from None
-    _check_folder(path)
+
+
+def _read_build(path: Path, directory: Path) -> TemplateInfo:
     try:
+        _check_folder(path)
         info = _parse_info(directory, (directory / "template.json").read_text())
     except OSError as error:
         raise KataError(f"the template {directory}: {error}") from error
@@ -413,7 +428,7 @@ async def _create_template_vm(
                 vm.hypervisor.monitor,
                 memory_mib=hypervisor.default_memory_mib,
                 bus=vm.hypervisor.take_port(),
-                timeout_s=_SQUEEZE_TIMEOUT_S,
+                timeout_s=max(_SQUEEZE_TIMEOUT_S, config.agent.dial_timeout_s),
             )
             await vm.disconnect()
             # What the agent does when its host has gone is done when it answers the next.

@@ -207,6 +207,9 @@ async def machine_of(run_vc: Path, server: str) -> AsyncIterator[Path]:
     (directory / "server").write_text(server)
     process = MachineProcess.start("qemu", ["/bin/sleep", "600"], directory=directory, outlives_us=True)
     try:
+        # The kernel shows a new program's environment a moment after it has begun.
+        while find_processes(directory) != [process.pid]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         yield directory
     finally:
         await process.terminate()
@@ -245,6 +248,33 @@ def test_a_machine_of_a_living_server_is_left_alone(run_vc: Path) -> None:
             assert len(find_processes(directory)) == 1
 
     asyncio.run(body())
+
+
+def test_a_machine_is_there_no_sooner_than_its_server_is_known(
+    run_vc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = cache._process
+    seen: list[Path] = []
+
+    def looking(pid: int) -> str:
+        seen.extend(cache._named(run_vc / "vm"))
+        return process(pid)
+
+    monkeypatch.setattr(cache, "_process", looking)
+    directory = run_vc / "vm/cache-0123456789ab"
+    cache._make_directory(directory)
+    assert seen == []
+    assert (directory / "server").read_text() == process(os.getpid())
+    assert [*directory.parent.iterdir()] == [directory]
+
+
+def test_a_directory_that_has_become_no_machine_goes_with_its_server(run_vc: Path) -> None:
+    dead, living = (run_vc / f"vm/.cache-{number:012x}" for number in (1, 2))
+    for directory, server in ((dead, ended_process()), (living, cache._process(os.getpid()))):
+        directory.mkdir()
+        (directory / "server").write_text(server)
+    assert asyncio.run(end_orphans()) == 0
+    assert [*dead.parent.iterdir()] == [living]
 
 
 def test_the_pid_alone_is_no_server(run_vc: Path) -> None:

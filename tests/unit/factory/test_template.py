@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,22 @@ def test_there_is_none(path: Path, vm_config: VMConfig, write_template: Any) -> 
         (path / "current").unlink(missing_ok=True)
         with pytest.raises(TemplateMissing, match=f"no template in {path}"):
             Template.fetch(path, vm_config)
+
+
+def test_one_that_is_exchanged_while_it_is_read_is_read_again(
+    path: Path, write_template: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = write_template(path)
+    check = template._check_folder
+
+    def exchanging(found: Path) -> None:
+        check(found)
+        if old.exists():
+            write_template(path, "two")
+            shutil.rmtree(old)
+
+    monkeypatch.setattr(template, "_check_folder", exchanging)
+    assert read_template(path).directory.name == "two"
 
 
 def test_a_file_in_its_place_is_none(path: Path, vm_config: VMConfig) -> None:
