@@ -34,7 +34,7 @@ from virtcontainers.config import (
     SharedFS,
 )
 from virtcontainers.errors import KataError, UnavailableError
-from virtcontainers.factory import Factory
+from virtcontainers.factory import Factory, grpccache
 from virtcontainers.factory.base import FactoryBase
 from virtcontainers.factory.cache import CacheServer, end_orphans
 from virtcontainers.factory.direct import Direct
@@ -86,6 +86,13 @@ def _template_of(config: VMConfig, ready_templates: ReadyTemplates) -> Iterator[
 def victim(config: VMConfig, ready_templates: ReadyTemplates) -> Iterator[Template]:
     """One that the test may spoil."""
     yield from _template_of(config, ready_templates)
+
+
+@pytest.fixture(autouse=True)
+def _time_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a server in this process, which may have other things to do."""
+    for name in ("_CALL_TIMEOUT_S", "_ATTACH_TIMEOUT_S"):
+        monkeypatch.setattr(grpccache, name, TIMEOUT_S)
 
 
 @pytest.fixture
@@ -327,7 +334,7 @@ QUIT = """
 import asyncio, sys
 from pathlib import Path
 from virtcontainers.factory.grpc_unary import call_unary
-asyncio.run(call_unary(Path(sys.argv[1]), "/cache.CacheService/Quit", timeout_s=20))
+asyncio.run(call_unary(Path(sys.argv[1]), "/cache.CacheService/Quit", timeout_s=600))
 """
 
 
@@ -346,7 +353,7 @@ def test_a_server_that_stops_while_it_makes_a_machine_leaves_nothing(
 
 def test_what_nobody_comes_for_is_ended(endpoint: Path, config: VMConfig, template: Template) -> None:
     async def body() -> None:
-        async with serving(endpoint, template, config, claim_timeout_s=3) as serving_:
+        async with serving(endpoint, template, config, claim_timeout_s=10) as serving_:
             await serving_.filled()
             (ready,) = (await cache_status(endpoint)).vmstatus
             cache = await GrpcCache.fetch(endpoint, config)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from virtcontainers.factory.clones import Clone, CloneMemory, find_clones
 from virtcontainers.hypervisor.process import MARK
 
 PAGE = 4096
+PR_SET_THP_DISABLE = 41  # <linux/prctl.h>
 MEMORY_PAGES = 2560  # 10 MiB: next to it a Python's own memory is small
 
 # A machine as find_clones sees it: its mark, QEMU's pid file, and the mapping of the guest's memory.
@@ -60,6 +62,7 @@ def build(template: Path, name: str) -> None:
 @pytest.fixture
 def start_machine(template: Path, tmp_path: Path) -> Iterator[StartMachine]:
     processes: list[subprocess.Popen[bytes]] = []
+    libc = ctypes.CDLL(None)
 
     def start(
         vm_id: str, how: str = "clone", touched: int = 0, written: int = 0, is_qemu: bool = True
@@ -81,6 +84,8 @@ def start_machine(template: Path, tmp_path: Path) -> Iterator[StartMachine]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={MARK: str(directory)} if vm_id else {},
+            # A huge page is all its own when a byte of it is.
+            preexec_fn=lambda: libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0),
         )
         processes.append(process)
         assert process.stdout is not None

@@ -35,7 +35,7 @@ async def served(path: Path, handler: Handler) -> AsyncIterator[None]:
         await server.stop(0)
 
 
-async def call(path: Path, request: bytes = b"", *, method: str = "Method", timeout_s: float = 20) -> bytes:
+async def call(path: Path, request: bytes = b"", *, method: str = "Method", timeout_s: float = 60) -> bytes:
     return await call_unary(path, f"/a.Service/{method}", request, timeout_s=timeout_s)
 
 
