@@ -42,6 +42,9 @@ _TIMEOUTS = """[timeouts]
   "io.containerd.timeout.task.state" = "2m"
 """
 
+_TIMEOUT_S = 600
+"""For what containerd does at its start: only a hang is longer, on the slowest host."""
+
 Settings = Mapping[str, Mapping[str, Any]]
 """Section ("hypervisor.qemu") to keys and values, as in Kata's configuration.toml."""
 
@@ -140,7 +143,7 @@ class Containerd:
                 start_new_session=True,
             )
         self._pid_file.write_text(str(process.pid))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + _TIMEOUT_S
         while self.ctr("version").returncode:
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
@@ -158,7 +161,7 @@ class Containerd:
             return
         self.ctr("-n", namespace, "images", "import", str(archive), check=True)
         # The CRI plugin hears of it by an event.
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + _TIMEOUT_S
         name = image.rpartition(":")[0]
         while namespace == private_cri.NAMESPACE and name not in self._crictl("images").stdout:
             if time.monotonic() > deadline:

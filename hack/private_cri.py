@@ -53,8 +53,9 @@ class Network:
 
     @property
     def prefix(self) -> str:
-        """Of the addresses: a /24 of 198.18.0.0/15, which is for tests of networks (RFC 2544)."""
-        return f"198.{18 + (self._number >> 8) % 2}.{self._number % 256}"
+        """Of the addresses: a /24 of 198.18.0.0/15, which is for tests of networks (RFC 2544). Never the
+        last of either half: tests/integration/lan.py has 198.19.255.0/24."""
+        return f"198.{18 + (self._number >> 8) % 2}.{self._number % 255}"
 
     def create(self) -> None:
         """Idempotent. Raises CalledProcessError."""

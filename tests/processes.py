@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-TIMEOUT_S = 60
+TIMEOUT_S = 600
 
 
 def runs(pid: int) -> bool:

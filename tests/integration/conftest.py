@@ -15,7 +15,7 @@ from typing import Any
 import host_state
 import pytest
 from cri import Crictl
-from harness import Config, Ctr, new_id
+from harness import TIMEOUT_S, Config, Ctr, new_id
 from private_containerd import (
     CACHE,
     GUEST_IMAGE,
@@ -215,7 +215,7 @@ def config(tmp_path: Path, guest_image: Path) -> Config:
 
 def _compare(earlier: host_state.HostState) -> None:
     __tracebackhide__ = True
-    differences = host_state.differences_after(earlier, _state_directories(), timeout_s=60)
+    differences = host_state.differences_after(earlier, _state_directories(), timeout_s=TIMEOUT_S)
     if differences:
         pytest.fail(f"the host is not as it was before:\n{differences}", pytrace=False)
 

@@ -95,9 +95,13 @@ class Events:
 
     def of(self, container_id: str) -> list[tuple[str, dict[str, Any]]]:
         """Topic, without "/tasks/", and content of each of this container's so far, in order."""
-        # Of the last line there may be a part only.
-        lines = re.findall(r" /tasks/(\S+) (\{.*\})\n", self._file.read_text())
-        found = [(topic, json.loads(content)) for topic, content in lines]
+        # Of the last line there may be a part only. Times tell events apart: a shim sends one again when it
+        # has waited too long for containerd's answer.
+        lines = dict.fromkeys(re.findall(r".* /tasks/\S+ \{.*\}\n", self._file.read_text()))
+        found = []
+        for line in lines:
+            topic, content = line.partition(" /tasks/")[2].split(maxsplit=1)
+            found.append((topic, json.loads(content)))
         return [(topic, content) for topic, content in found if content["container_id"] == container_id]
 
 

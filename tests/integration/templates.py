@@ -39,6 +39,9 @@ _RECORD = re.compile(
     re.MULTILINE,
 )
 
+_ORIGIN = re.compile(r"(a new|no|the) template |(it|the machine) is booted|no machine from ")
+"""How warnings begin that tell where a machine comes from."""
+
 
 @dataclass(frozen=True)
 class ReadyTemplates:
@@ -55,7 +58,7 @@ class ReadyTemplates:
         with kept.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if kept.exists():
-                path.mkdir(mode=0o700)
+                path.mkdir(mode=0o700, parents=True)
                 mount.mount("kata-py-template", path, "tmpfs", data="mode=0700")
                 _copy(kept, path)
                 Template.fetch(path, config)
@@ -198,6 +201,10 @@ class Log:
             for level, message in self.records(sandbox)
             if level in ("warning", "error") and "emulated (TCG)" not in message
         ]
+
+    def of_the_factory(self) -> list[str]:
+        """The warnings that tell where machines come from: on a busy host others tell what takes long."""
+        return [message for message in self.warnings() if _ORIGIN.match(message)]
 
     def count(self, words: str) -> int:
         return sum(words in message for _, message in self.records())

@@ -18,6 +18,8 @@ from templates import KATA_PY, ReadyTemplates, Templates, builders_lock, templat
 from test_ctr_failures import initrd_that_sleeps
 from test_ctr_stdio import Terminal
 
+from virtcontainers.config import HypervisorConfig
+
 MIB = 1 << 20
 SETTINGS = {"hypervisor.qemu": {"shared_fs": "virtio-9p"}}
 
@@ -59,6 +61,11 @@ def machines_of(template: Templates) -> list[int]:
     return processes_of(str(template.path), "qemu-system")
 
 
+def slow(line: str) -> bool:
+    """It tells what an emulated machine, or a busy host, makes slow."""
+    return "emulated (TCG)" in line or "the guest gives no memory back: " in line
+
+
 def test_a_life_in_a_pipe(no_template: Templates) -> None:
     path = no_template.path
     result = no_template.factory("status")
@@ -67,7 +74,7 @@ def test_a_life_in_a_pipe(no_template: Templates) -> None:
 
     result = no_template.factory("init")
     assert result.returncode == 0
-    assert all("emulated (TCG)" in line for line in result.stderr.splitlines())
+    assert all(map(slow, result.stderr.splitlines()))
     *steps, last = result.stdout.splitlines()
     assert [step.partition(" ... ")[0] for step in steps] == list(STEPS)
     assert all(re.fullmatch(r".* \.\.\. \d+\.\d s", step) for step in steps)
@@ -96,24 +103,32 @@ def test_a_life_in_a_pipe(no_template: Templates) -> None:
     assert list(path.parent.iterdir()) == [no_template.configuration]
 
 
-def test_init_by_force_on_a_terminal(template: Templates) -> None:
-    earlier = template.current
-    terminal = Terminal(template.command("init", "--force"), rows=24, columns=80)
+def test_init_by_force_on_a_terminal(no_template: Templates, tmp_path: Path) -> None:
+    held, qemu = tmp_path / "held", tmp_path / "qemu"
+    qemu.write_text(
+        f'#!/bin/sh\nwhile [ -e {held} ]; do sleep 0.1; done\nexec {HypervisorConfig.path} "$@"\n'
+    )
+    qemu.chmod(0o755)
+    no_template.configure({"hypervisor.qemu": {"path": str(qemu)}})
+    assert no_template.factory("init").returncode == 0
+    earlier = no_template.current
+    held.touch()
+    terminal = Terminal(no_template.command("init", "--force"), rows=24, columns=80)
     try:
         wait_for("the progress", lambda: terminal.shows(r"\d+\.\d s  booting the machine"))
         # While the new one is being made there is the old one.
-        assert template.current == earlier
-        assert template.status()["template"]["state"] == "fits"
+        assert no_template.current == earlier
+        assert no_template.status()["template"]["state"] == "fits"
+        held.unlink()
         wait_for("the end", terminal.ended)
-        terminal.shows("")
     finally:
         terminal.close()
     assert terminal.process.returncode == 0
-    assert template.current not in ("", earlier)
+    assert no_template.current not in ("", earlier)
     # What the person sees at the end is one line; the steps have gone.
     lines = [line.rpartition("\r\x1b[K")[2] for line in terminal.screen.split("\r\n")]
-    (line,) = (line for line in lines if line and "emulated (TCG)" not in line)
-    assert line.startswith(f"The template is in {template.path}, after ")
+    (line,) = (line for line in lines if line and not slow(line))
+    assert line.startswith(f"The template is in {no_template.path}, after ")
 
 
 def test_status_tells_what_it_is_made_of_and_what_it_costs(template: Templates) -> None:
@@ -125,7 +140,7 @@ def test_status_tells_what_it_is_made_of_and_what_it_costs(template: Templates) 
     assert about["state_bytes"] == (template.path / "state").stat().st_size
     assert 0 < about["memory_allocated_bytes"] < about["booted_bytes"]
     assert about["given_back_bytes"] + about["zero_bytes"] > 0
-    assert time.time() - 3600 < about["created"] <= time.time()
+    assert 0 < about["created"] <= time.time()
     assert "vmlinuz" in about["made_of"]["kernel"]
     text = template.factory("status").stdout
     assert re.search(r"\n  enable_template +on\n", text)
@@ -177,8 +192,6 @@ def test_many_that_init_at_once_make_one(no_template: Templates) -> None:
         )
         lock.close()
         wait_for("their end", lambda: sum(each.ended() for each in terminals) == 4)
-        for terminal in terminals:
-            terminal.shows("")
     assert [terminal.process.returncode for terminal in terminals] == [0] * 4
     assert sum("booting the machine" in terminal.screen for terminal in terminals) == 1
     assert len(list((no_template.path / "builds").iterdir())) == 1
@@ -194,10 +207,18 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
     assert all(word in result.stderr for word in words), result.stderr
 
 
+def never_ready(template: Templates, directory: Path, dial_timeout_s: int) -> None:
+    """Its machine boots, and has no agent."""
+    initrd = initrd_that_sleeps(directory / "no-agent.img")
+    agent = {"dial_timeout": dial_timeout_s}
+    template.configure({"hypervisor.qemu": {"initrd": str(initrd)}, "agent.kata": agent})
+
+
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_init_that_is_interrupted_leaves_nothing(
-    no_template: Templates, sent: signal.Signals, status: int
+    no_template: Templates, tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
+    never_ready(no_template, tmp_path, dial_timeout_s=TIMEOUT_S)
     terminal = Terminal(no_template.command("init"), rows=24, columns=80)
     try:
         wait_for("the boot", lambda: machines_of(no_template))
@@ -207,7 +228,6 @@ def test_an_init_that_is_interrupted_leaves_nothing(
         else:
             terminal.process.send_signal(sent)
         wait_for("the end", terminal.ended)
-        terminal.shows("")
     finally:
         terminal.close()
     assert terminal.process.returncode == status
@@ -218,12 +238,19 @@ def test_an_init_that_is_interrupted_leaves_nothing(
 
 
 def test_an_agent_that_never_answers_is_told_with_its_console(no_template: Templates, tmp_path: Path) -> None:
-    initrd = initrd_that_sleeps(tmp_path / "no-agent.img")
-    no_template.configure({"hypervisor.qemu": {"initrd": str(initrd)}, "agent.kata": {"dial_timeout": 8}})
-    result = no_template.factory("init")
-    assert_refused(result, "agent", "dial_timeout")
-    assert machines_of(no_template) == []
-    assert no_template.current == ""
+    never_ready(no_template, tmp_path, dial_timeout_s=8)
+
+    def told() -> bool:
+        result = no_template.factory("init")
+        assert machines_of(no_template) == []
+        assert no_template.current == ""
+        # On a busy host QEMU's own start may take all of the time.
+        if "QEMU did not greet" in result.stderr:
+            return False
+        assert_refused(result, "agent", "dial_timeout")
+        return True
+
+    wait_for("QEMU to be quicker than the timeout", told)
 
 
 def test_a_guest_that_panics_is_told_with_its_console(no_template: Templates, tmp_path: Path) -> None:

@@ -103,7 +103,9 @@ def test_a_guest_that_answers_no_more_ends_its_containers(
         late = ctr.run(f"{frozen}-late", "sleep", "1000", options=grows)
         assert late.returncode != 0
         # Its creation was waiting for the guest, or was not answered itself.
-        assert re.search(rf"sandbox {frozen} is dead: agent: |no answer within", late.stderr.decode())
+        assert re.search(
+            rf"sandbox {frozen} is dead: agent: |agent: \w+: no answer to \S+ within ", late.stderr.decode()
+        )
         wait_for("their end", lambda: {ctr.status(pod) for pod in (container_id, frozen)} == {"STOPPED"})
         wait_for(
             "the machines to go",

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from harness import TIMEOUT_S, Config, Ctr, processes_of, wait_for
+from test_ctr_failures import initrd_that_sleeps
 
 
 def test_containers_go_on_without_containerd_and_are_found_again(
@@ -54,10 +55,12 @@ def test_an_exit_while_containerd_is_dead_is_seen_afterwards(
 
 
 def test_nothing_stays_of_a_creation_during_which_containerd_is_killed(
-    ctr: Ctr, container_id: str, config: Config
+    ctr: Ctr, container_id: str, config: Config, tmp_path: Path
 ) -> None:
-    # A clone might be there too soon.
-    command = ctr.run_command(container_id, "sleep", "1000", options=("-d", *config({})))
+    # A machine with an agent might be there too soon.
+    initrd = initrd_that_sleeps(tmp_path / "no-agent.img")
+    options = config({"hypervisor.qemu": {"initrd": str(initrd)}})
+    command = ctr.run_command(container_id, "sleep", "1000", options=("-d", *options))
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as creating:
         wait_for("its machine", lambda: processes_of(container_id, "qemu-system"))
         pid = ctr.containerd.pid

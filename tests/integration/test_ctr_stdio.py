@@ -1,5 +1,6 @@
 """Bytes in and out of containers: whole, at the same time, over a terminal, into loggers."""
 
+import codecs
 import contextlib
 import fcntl
 import hashlib
@@ -56,6 +57,7 @@ class Terminal:
         os.close(slave)
         os.set_blocking(self._master, False)
         self.screen = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def resize(self, rows: int, columns: int, *, tell: bool = True) -> None:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
@@ -67,12 +69,16 @@ class Terminal:
 
     def shows(self, pattern: str) -> re.Match[str] | None:
         with contextlib.suppress(OSError):  # nothing to read, or EIO: the program has ended
-            self.screen += os.read(self._master, 65536).decode(errors="replace")
+            # One read gives 4 KiB at most.
+            while text := os.read(self._master, 65536):
+                self.screen += self._decoder.decode(text)
         return re.search(pattern, self.screen)
 
     def ended(self) -> bool:
+        """Then all that it has written is on the screen."""
+        ended = self.process.poll() is not None
         self.shows("")
-        return self.process.poll() is not None
+        return ended
 
     def close(self) -> None:
         self.process.kill()

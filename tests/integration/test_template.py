@@ -261,7 +261,7 @@ def test_a_template_is_made_in_steps_and_its_files_are_roots_alone(path: Path, c
 
 
 def test_no_template_is_made_but_on_a_tmpfs_of_its_own(path: Path, config: VMConfig) -> None:
-    path.mkdir()
+    path.mkdir(parents=True)
     (path / "diary").write_text("dear")
     with pytest.raises(FailedPreconditionError, match=f"{path} is a folder with files in it, expected a tm"):
         asyncio.run(Template.new(path, config))
