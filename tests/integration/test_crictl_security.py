@@ -201,7 +201,8 @@ def test_the_hosts_processes_and_ipc_are_the_machines(crictl: Crictl) -> None:
     with crictl.pod("hostly", linux={"security_context": {"namespace_options": namespaces}}) as pod:
         script = "echo hello >/dev/shm/note; exec sleep 4711"
         one = pod.start("one", "sh", "-c", script)
-        wait_for("its note", lambda: pod.exec(one, "ls", "/dev/shm").stdout)
+        read = ("cat", "/dev/shm/note")
+        wait_for("its note", lambda: pod.exec(one, *read, check=False).stdout == "hello\n")
         found = pod.run("two", "sh", "-c", "cat /dev/shm/note; readlink /proc/self/ns/ipc; ps").stdout
         assert found.startswith(f"hello\n{pod.exec(one, 'readlink', '/proc/self/ns/ipc').stdout}")
         assert "sleep 4711" in found

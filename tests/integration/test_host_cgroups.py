@@ -57,9 +57,11 @@ _PF_EXITING = 0x4  # <linux/sched.h>
 def threads_of(pid: int) -> dict[int, str]:
     """Their ids, with their names."""
     found = {}
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            found[int(task.name)] = (task / "comm").read_text().strip()
+    # Those that end meanwhile, or all of them, are left out.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found[int(task.name)] = (task / "comm").read_text().strip()
     return found
 
 

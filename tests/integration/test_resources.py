@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,7 @@ def test_what_is_refused_leaves_the_pod_as_it_was(
                 ctr.remove(each)
         # vCPUs are no refusal: there are as many as there may be.
         many = ctr.run(f"{container_id}-many", "nproc", options=(*joins, *limits(0, 9)))
-        assert int(many.stdout) == MOST_VCPUS, many.stderr
+        assert many.stdout == f"{MOST_VCPUS}\n".encode(), many.stderr
         wait_for(
             "the warning",
             lambda: any("default_maxvcpus" in warning for warning in log.warnings(container_id)),
@@ -219,6 +219,7 @@ def test_a_machine_that_dies_while_it_grows_is_an_error(
     ctr: Ctr, container_id: str, template: Templates
 ) -> None:
     with ctr.detached(container_id, *SLEEP, options=(*template.options, *cri("sandbox", container_id))):
+        shared = shared_with(container_id)
         (qemu,) = processes_of(container_id, "qemu-system")
         command = ctr.run_command(
             f"{container_id}-late", *SLEEP, options=(*cri("container", container_id), *limits(1024))
@@ -227,8 +228,8 @@ def test_a_machine_that_dies_while_it_grows_is_an_error(
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as growing:
             try:
                 assert growing.stderr
-                # It has asked QEMU by now, or is about to.
-                time.sleep(1)
+                # QEMU is asked next, or has been.
+                wait_for("the container's share", lambda: shared_with(container_id) != shared)
                 os.kill(qemu, signal.SIGKILL)
                 assert growing.wait(TIMEOUT_S) != 0
                 assert b"SIGKILL" in growing.stderr.read()
@@ -246,14 +247,20 @@ def test_what_qemu_refuses_is_told_and_the_pod_goes_on(ctr: Ctr, container_id: s
     with ctr.detached(container_id, *SLEEP, options=options):
         before, shared = machine(ctr, container_id), shared_with(container_id)
         qmp(container_id, "device_add", driver="virtio-rng-pci", id="dimm0", bus="rp3", rng="rng0")
+        refusal = re.compile(rb"dimm0, of 512 MiB: QMP device_add: .*dimm0")
         refused = ctr.run(late, *SLEEP, options=(*joins, *limits(512, 1)))
         assert refused.returncode != 0
-        assert re.search(r"dimm0, of 512 MiB: QMP device_add: .*dimm0", refused.stderr.decode())
+        assert refusal.search(refused.stderr)
         assert (machine(ctr, container_id), shared_with(container_id)) == (before, shared)
-        qmp(container_id, "device_del", id="dimm0")
 
         def starts() -> bool:
-            return ctr.run(f"{late}-er", "true", options=(*joins, *limits(512, 1))).returncode == 0
+            result = ctr.run(f"{late}-er", "true", options=(*joins, *limits(512, 1)))
+            # Else that name is the memory's.
+            if refusal.search(result.stderr):
+                # Again: a guest that was just looking at the slot may have missed it. Or it is about to go.
+                with contextlib.suppress(AssertionError):
+                    qmp(container_id, "device_del", id="dimm0")
+            return result.returncode == 0
 
         wait_for("the guest to let go of it", starts)
         assert machine(ctr, container_id) == (before[0] + 1, before[1] + 512)
@@ -261,7 +268,7 @@ def test_what_qemu_refuses_is_told_and_the_pod_goes_on(ctr: Ctr, container_id: s
 
 def test_a_guest_that_panics_while_it_grows_is_an_error(crictl: Crictl) -> None:
     """With its agent, which is the first process: a privileged container does it at the first new block."""
-    # It has counted before it says so, and forks nothing: what it looks for is there only while pods grow.
+    # It has counted before it says so, and forks nothing: what it looks for is there while the pod grows.
     blocks = "set -- /sys/devices/system/memory/memory*"
     looks = f"{blocks}; n=$#; echo looks; while [ $# = $n ]; do {blocks}; done"
     script = f"{looks}; echo c >/proc/sysrq-trigger"

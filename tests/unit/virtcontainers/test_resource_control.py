@@ -256,7 +256,7 @@ def test_in_a_namespace_of_v2_this_process_goes_back_where_it_came_from() -> Non
     container.mkdir()
     try:
         command = ["sh", "-ec", ENTER, container, sys.executable, "-c", IN_A_NAMESPACE]
-        found = subprocess.run(command, capture_output=True, text=True, cwd=REPO, timeout=60)
+        found = subprocess.run(command, capture_output=True, text=True, cwd=REPO, timeout=180)
         assert (found.returncode, found.stdout) == (0, "done\n"), found.stderr
     finally:
         for directory, _, _ in os.walk(container, topdown=False):
