@@ -16,7 +16,10 @@ from virtcontainers.errors import KataError
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 _ATTRIBUTES_BYTES = 128
 _LOG_BYTES = 16 << 10
+_LOAD_LAYOUT = "=IIQQIIQII16sII"
 _NAME = b"kata_py"
+_INTERRUPTIONS = 5
+"""That are borne: the verifier gives up when a signal is pending."""
 
 
 class Command(IntEnum):
@@ -88,7 +91,13 @@ def _load(kind: int, code: bytes, attach_type: int, log: ctypes.Array[ctypes.c_c
         *((1, _LOG_BYTES, ctypes.addressof(log)) if log is not None else (0, 0, 0)),
         *(0, 0, _NAME, 0, attach_type),
     )
-    return syscall(Command.BPF_PROG_LOAD, "=IIQQIIQII16sII", *arguments)
+    for _ in range(_INTERRUPTIONS):
+        try:
+            return syscall(Command.BPF_PROG_LOAD, _LOAD_LAYOUT, *arguments)
+        except BPFError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+    return syscall(Command.BPF_PROG_LOAD, _LOAD_LAYOUT, *arguments)
 
 
 def syscall(command: Command, layout: str, *arguments: int | bytes) -> int:

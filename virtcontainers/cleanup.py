@@ -19,7 +19,7 @@ async def cleanup(sandbox_id: str, container_id: str) -> None:
     """Take one container, or with the sandbox's own id the whole pod, off the host; idempotent.
 
     The pod's machine is ended in both cases, unless a shim that is alive still owns it. Raises KataError,
-    after having tried everything, with the first thing that would not go.
+    after having tried everything, with the first thing that would not go: the pod is then known as before.
     """
     try:
         state = persist.load(sandbox_id)
@@ -55,17 +55,19 @@ async def cleanup(sandbox_id: str, container_id: str) -> None:
                 mount.unmount_below(Path(rootfs))
             except KataError as error:
                 failures.append(error)
+    share = FilesystemShare(sandbox_id)
     try:
         if container_id == sandbox_id:
-            remove_host_state(sandbox_id)
+            share.cleanup()
         else:
-            share = FilesystemShare(sandbox_id)
             share.unshare_files(container_id)
             share.unshare_container(container_id)
     except KataError as error:
         failures.append(error)
     if failures:
         raise failures[0]
+    if container_id == sandbox_id:
+        forget(sandbox_id)
 
 
 def _is_shim(pid: int, sandbox_id: str) -> bool:
@@ -77,8 +79,7 @@ def _is_shim(pid: int, sandbox_id: str) -> bool:
     return b"containerd-shim-kata-py" in command and f"-id\0{sandbox_id}\0".encode() in command
 
 
-def remove_host_state(sandbox_id: str) -> None:
-    """Remove a sandbox's share and then what is persisted of it; its machine is gone already. Idempotent."""
-    FilesystemShare(sandbox_id).cleanup()
+def forget(sandbox_id: str) -> None:
+    """Remove what is persisted of a sandbox of which nothing else is left. Idempotent."""
     direct_volume.forget_sandbox_id(sandbox_id)
     persist.destroy(sandbox_id)

@@ -40,7 +40,7 @@ _V1_CONTROLLERS = frozenset(
 )
 _NO_MACHINES = frozenset(("hugetlb", "perf_event", "net_cls", "net_prio", "rdma"))
 """What no pod is held to unless its engine, which needs the same rights, has made it a cgroup there."""
-_REMOVE_TIMEOUT_S = 2.0
+_REMOVE_TIMEOUT_S = 10.0
 _MAX_CPU = 8191  # of Linux on x86, CONFIG_NR_CPUS
 
 
@@ -423,6 +423,8 @@ class PodCgroups:
         return self.sandbox.stat() + (self.overhead.stat() if self.overhead else ResourceStats())
 
     def delete(self) -> None:
-        """Idempotent; this process goes back where it came from."""
-        for controller in filter(None, (self.overhead, self.sandbox)):
-            controller.delete()
+        """Idempotent; this process goes back where it came from. Raises KataError, with both tried."""
+        with contextlib.ExitStack() as rest:
+            rest.callback(self.sandbox.delete)
+            if self.overhead is not None:
+                rest.callback(self.overhead.delete)

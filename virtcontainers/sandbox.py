@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from virtcontainers import cleanup, persist
+from virtcontainers import cleanup, mount, persist
 from virtcontainers.agent import KataAgent
 from virtcontainers.config import GUEST_SHARED_DIR, RUN_VC, ContainerConfig, SandboxConfig
 from virtcontainers.container import Container, ContainerState
@@ -553,18 +553,23 @@ class Sandbox:
         await self.agent.destroy_sandbox(_DESTROY_TIMEOUT_S)
 
     async def delete(self) -> None:
-        """Stop, and take everything off the host; idempotent."""
+        """Stop, and take everything off the host; idempotent. Raises KataError for what would not go, after
+        having tried everything: it is known until it goes, by another call or by `virtcontainers.cleanup`."""
         if self._deleted:
             return
         await self.stop()
-        self._deleted = True
         # All is tried, the last first, whatever fails.
         async with contextlib.AsyncExitStack() as rest:
-            rest.callback(cleanup.remove_host_state, self.id)
+            rest.callback(self.fs_share.cleanup)
             rest.callback(self._cgroups.delete)
             rest.push_async_callback(self._delete_network)
             for container in self.containers.values():
+                if container.is_root_mounted:
+                    # A container undoes what it did once, and then no more.
+                    rest.callback(mount.unmount_below, container.config.rootfs.target)
                 rest.push_async_callback(container.cleanup)
+        cleanup.forget(self.id)
+        self._deleted = True
 
     async def _delete_network(self) -> None:
         try:

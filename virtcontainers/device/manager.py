@@ -28,6 +28,7 @@ class BlockDevice:
         self.attach_count = 0
         self.readonly = False
         self.plugged: PluggedDrive | None = None
+        """Also when nobody has it any more, while the guest has not let go of it."""
         self.lock = asyncio.Lock()
 
     def agent_storage(self, *, fstype: str, options: tuple[str, ...], mount_point: str) -> agent_pb2.Storage:
@@ -84,6 +85,11 @@ class DeviceManager:
         device = self._devices.setdefault(key, BlockDevice(key))
         async with device.lock:
             if device.attach_count == 0:
+                try:
+                    # From the last time: a guest that was asked for it may let go of it at any moment.
+                    await self._unplug(hypervisor, device)
+                except KataError as error:
+                    raise type(error)(f"block device {info.path}: {error}") from error
                 with self._opened(info) as (found, drive):
                     if found != key:
                         raise InvalidArgumentError(f"block device {info.path} has become another")
@@ -101,13 +107,18 @@ class DeviceManager:
 
     async def detach(self, hypervisor: Hypervisor, device: BlockDevice) -> None:
         """Unplug it when nobody has it any more. Raises nothing: a guest that keeps it is logged, and has it
-        until the pod ends."""
+        until it is attached again or the pod ends."""
         async with device.lock:
             device.attach_count -= 1
-            if device.attach_count or device.plugged is None:
+            if device.attach_count:
                 return
-            plugged, device.plugged = device.plugged, None
             try:
-                await hypervisor.hotunplug_block(plugged, timeout_s=_UNPLUG_TIMEOUT_S)
+                await self._unplug(hypervisor, device)
             except KataError as error:
                 self._log.warning("a block device stays: %s", error)
+
+    async def _unplug(self, hypervisor: Hypervisor, device: BlockDevice) -> None:
+        """Raises KataError's classes; it stays plugged then."""
+        if device.plugged is not None:
+            await hypervisor.hotunplug_block(device.plugged, timeout_s=_UNPLUG_TIMEOUT_S)
+            device.plugged = None

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from virtcontainers.config import BlockDeviceDriver, HypervisorConfig
 from virtcontainers.errors import InvalidArgumentError
@@ -184,35 +185,43 @@ class BlockHotplug:
 
     async def remove(self, plugged: PluggedDrive, *, timeout_s: float) -> None:
         """Have the guest let go of it. Raises HypervisorError when it does not in time: it stays then, and
-        so does its slot."""
+        so does its slot, for another call."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout_s
         await self._qmp.unplug(plugged.device, timeout_s=timeout_s)
-        if plugged.slot is not None:
-            self._give_back_slot(plugged.slot)
         while True:
             try:
                 await self._qmp.execute("blockdev-del", {"node-name": plugged.node})
                 break
             except QMPFailed:
+                # A call whose answer nobody waited for may have done it.
+                if plugged.node not in await self._nodes():
+                    break
                 # The device that has gone may hold it for a moment.
                 if clock() > deadline:
                     raise
             await asyncio.sleep(_POLL_S)
         await self._try("remove-fd", {"fdset-id": plugged.fdset})
+        # Last: once, however often it takes.
+        if plugged.slot is not None:
+            self._give_back_slot(plugged.slot)
 
     async def resize(self, plugged: PluggedDrive, size_bytes: int) -> None:
         """Have the guest see a larger size; a file becomes as large, of a disk it must be what it has.
 
         Raises InvalidArgumentError for a smaller one, for which QEMU would cut a file off, and QMPFailed.
         """
-        nodes = await self._qmp.execute("query-named-block-nodes", {"flat": True})
-        (found,) = [node["image"]["virtual-size"] for node in nodes if node["node-name"] == plugged.node]
+        found = (await self._nodes())[plugged.node]["image"]["virtual-size"]
         if size_bytes < found:
             raise InvalidArgumentError(
                 f"found a size of {size_bytes} bytes, expected at least the {found} of now"
             )
         await self._qmp.execute("block_resize", {"node-name": plugged.node, "size": size_bytes})
+
+    async def _nodes(self) -> dict[str, Any]:
+        """QEMU's BlockDeviceInfo of each, by its name."""
+        nodes = await self._qmp.execute("query-named-block-nodes", {"flat": True})
+        return {node["node-name"]: node for node in nodes}
 
     async def _try(self, command: str, arguments: dict[str, object]) -> None:
         with contextlib.suppress(HypervisorError):

@@ -114,6 +114,31 @@ def test_what_qemu_has_done_for_a_call_that_is_cut_short_is_taken_back(device: s
     asyncio.run(body())
 
 
+def test_a_disk_that_does_not_go_at_once_gives_its_slot_back_once() -> None:
+    class Reluctant(Monitor):
+        nodes: tuple[str, ...] = ("drive-0",)
+
+        async def execute(self, command: str, arguments: dict[str, Any]) -> Any:
+            found = await super().execute(command, arguments)
+            if command == "query-named-block-nodes":
+                return [{"node-name": name} for name in self.nodes]
+            return found
+
+    monitor, free = Reluctant(), slots()
+    block = hotplug(monitor, free, block_device_driver="virtio-blk")
+    plugged = asyncio.run(block.add(DRIVE))
+    monitor.refuses = {"blockdev-del": {"node-name": "drive-0"}}
+    for _ in range(2):
+        with pytest.raises(QMPFailed):
+            asyncio.run(block.remove(plugged, timeout_s=0))
+        assert free == slots()[1:]
+    # It has gone meanwhile: QEMU refuses as before.
+    monitor.nodes = ()
+    asyncio.run(block.remove(plugged, timeout_s=0))
+    assert sorted(free, key=lambda slot: slot.slot) == slots()
+    assert monitor.commands()[-1] == "remove-fd"
+
+
 def test_another_way_of_input_and_output_is_taken_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     monitor = Monitor({"blockdev-add": {"aio": "native"}})
     block = hotplug(monitor, slots(), block_device_aio="native")

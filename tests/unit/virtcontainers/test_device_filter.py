@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.unit.descriptors import open_descriptors
+from virtcontainers import bpf, syscalls
 from virtcontainers.device_cgroup import DeviceRule
 from virtcontainers.errors import InvalidArgumentError, KataError
 from virtcontainers.resource_control import Hierarchy, ResourceController, find_hierarchies
@@ -228,6 +231,24 @@ with found.allowed([DeviceRule(True, "c 1:7 r")]):
         f"WARNING: cgroup {cgroup_v2.directory} may open all of the host's devices: bpf(BPF_PROG_LOAD): "
         "Operation not permitted\n"
     )
+
+
+def test_a_signal_that_comes_while_a_filter_is_verified_is_no_refusal(
+    cgroup_v2: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's word for it comes from here: nobody can send one at the right moment."""
+    call, interrupted = syscalls.call, 0
+
+    def interrupting(number: int, *arguments: Any) -> int:
+        nonlocal interrupted
+        if arguments[0] == bpf.Command.BPF_PROG_LOAD and interrupted < 3:
+            interrupted += 1
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return call(number, *arguments)
+
+    monkeypatch.setattr(syscalls, "call", interrupting)
+    cgroup_v2.update("+c 1:5 r")
+    assert (interrupted, cgroup_v2.may()) == (3, {"zero r"})
 
 
 def test_what_is_no_rule_or_no_cgroup_is_an_error(cgroup_v2: Cgroup) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,9 @@ from typing import Any, cast
 
 import pytest
 
+from virtcontainers import persist, resource_control
 from virtcontainers.agent import KataAgent
+from virtcontainers.cleanup import cleanup
 from virtcontainers.config import (
     RUN_VC,
     AgentConfig,
@@ -24,7 +27,13 @@ from virtcontainers.config import (
     SandboxConfig,
 )
 from virtcontainers.container import Container
-from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from virtcontainers.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    KataError,
+    NotFoundError,
+    UnavailableError,
+)
 from virtcontainers.factory import Factory
 from virtcontainers.factory.direct import Direct
 from virtcontainers.persist import sandbox_dir
@@ -141,6 +150,65 @@ def test_an_update_that_is_refused_takes_nothing_from_one_at_the_same_time(tmp_p
         assert container.resources == {"memory": {"limit": 1 << 20}, "cpu": {"quota": 1000}}
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize("by_another_process", [False, True])
+def test_a_pod_of_which_something_would_not_go_is_known_until_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_another_process: bool
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("cgroups need root")
+    name = f"kata-py-unit-test-{secrets.token_hex(3)}"
+    monkeypatch.setattr(persist, "RUN_VC", tmp_path)
+    monkeypatch.setattr(resource_control, "OVERHEAD_ROOT", f"/{name}/overhead")
+    monkeypatch.setattr(resource_control, "_REMOVE_TIMEOUT_S", 0.0)
+    config = sandbox_config(name, tmp_path)
+    spec = {"linux": {"cgroupsPath": f"/{name}/pod"}}
+    config = replace(config, container=replace(config.container, spec=spec))
+    points = [hierarchy.mount_point for hierarchy in resource_control.find_hierarchies()]
+
+    def left() -> set[str]:
+        """Of the pod's cgroups, anywhere."""
+        paths = {"overhead": f"{name}/overhead/{name}", "sandbox": f"{name}/kata_pod"}
+        return {each for each, path in paths.items() if any((point / path).exists() for point in points)}
+
+    async def body() -> None:
+        sandbox = Sandbox(config, factory(config))
+        container = Container(sandbox, config.container)
+        sandbox.containers[name] = container
+        sandbox._state.cgroups = sandbox._cgroups.paths
+        sandbox.save()
+        for cgroup in (sandbox._cgroups.sandbox, sandbox._cgroups.overhead):
+            assert cgroup
+            cgroup.create()
+        assert left() == {"overhead", "sandbox"}
+        below = [point / name / "overhead" / name / "below" for point in points]
+        for directory in below:
+            directory.mkdir()
+
+        async def delete() -> None:
+            await (cleanup(name, name) if by_another_process else sandbox.delete())
+
+        for _ in range(2):
+            with pytest.raises(KataError, match=f"cgroup .*/{name}: Device or resource busy"):
+                await delete()
+            assert left() == {"overhead"}
+            assert persist.load(name).cgroups == sandbox._cgroups.paths
+        for directory in below:
+            directory.rmdir()
+        await delete()
+        assert left() == set()
+        sandbox.remove_container(container)
+        if not by_another_process:
+            with pytest.raises(NotFoundError):
+                persist.load(name)
+
+    try:
+        asyncio.run(body())
+    finally:
+        for point in points:
+            for directory, _, _ in os.walk(point / name, topdown=False):
+                Path(directory).rmdir()
 
 
 def resolver_of(source: Path) -> Container:
