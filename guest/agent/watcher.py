@@ -101,18 +101,27 @@ class _Copy:
 
     def update(self) -> None:
         """Copy what has changed, take away what is gone."""
+        while not self._update():
+            pass
+
+    def _update(self) -> bool:
+        """False when kubelet has exchanged what was found before all of it was copied."""
         # All changes of kubelet's end with this link's.
-        with contextlib.suppress(OSError):
-            swapped = os.readlink(f"{self.source}/..data")
-            if swapped == self._swapped:
-                return
-            self._swapped = ""
+        swapped = _data(self.source)
+        if swapped and swapped == self._swapped:
+            return True
+        self._swapped = ""
         found = _look(self.source)
+        if _data(self.source) != swapped:
+            # It was made, or what it led to was taken away, while we looked: what was found is half of each.
+            return False
         changed = [name for name in found if self._copied.get(name) != found[name]]
         gone = self._copied.keys() - found.keys()
         for name in sorted(changed, key=lambda name: _rank(name, found[name])):
             if self._place(name, found[name]):
                 self._copied[name] = found[name]
+            elif _data(self.source) != swapped:
+                return False
         for name in sorted(gone, reverse=True):
             # With a folder that is none any more its files went; what has its name may lead elsewhere.
             folder = found.get(os.path.dirname(name))
@@ -120,8 +129,9 @@ class _Copy:
                 _remove(f"{self.target}/{name}")
             del self._copied[name]
         # Only when it is all over: kubelet takes old files away after the link has changed.
-        if "..data" in found and not changed and not gone:
-            self._swapped = found["..data"][-1]
+        if not changed and not gone:
+            self._swapped = swapped
+        return True
 
     def _place(self, name: str, entry: Entry) -> bool:
         source, target = (f"{top}/{name}" if name else top for top in (self.source, self.target))
@@ -151,12 +161,18 @@ class _Copy:
         return True
 
 
+def _data(source: str) -> str:
+    """What kubelet's link leads to; "" without one."""
+    with contextlib.suppress(OSError):
+        return os.readlink(f"{source}/..data")
+    return ""
+
+
 def _look(source: str) -> dict[str, Entry]:
     """Name below the source -> what is there; "" is the source itself, a folder."""
     found: dict[str, Entry] = {}
     size = 0
-    for name, status in _walk(source):
-        link = os.readlink(f"{source}/{name}") if stat.S_ISLNK(status.st_mode) else ""
+    for name, status, link in _walk(source):
         changing = (status.st_size, status.st_mtime_ns, status.st_ino)
         if stat.S_ISDIR(status.st_mode):
             changing = (0, 0, 0)
@@ -170,13 +186,17 @@ def _look(source: str) -> dict[str, Entry]:
     return found
 
 
-def _walk(source: str) -> Iterator[tuple[str, os.stat_result]]:
-    yield "", os.lstat(source)
+def _walk(source: str) -> Iterator[tuple[str, os.stat_result, str]]:
+    """Name, what is there, and what it says if it is a link. What is gone by the time it is looked at is left
+    out."""
+    yield "", os.lstat(source), ""
     for directory, folders, files in os.walk(source):
         for name in (*folders, *files):
             path = os.path.join(directory, name)
             with contextlib.suppress(FileNotFoundError):
-                yield os.path.relpath(path, source), os.lstat(path)
+                status = os.lstat(path)
+                link = os.readlink(path) if stat.S_ISLNK(status.st_mode) else ""
+                yield os.path.relpath(path, source), status, link
 
 
 def _rank(name: str, entry: Entry) -> tuple[int, str]:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import os
+import shutil
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from guest.agent.watcher import Watcher
 from virtcontainers.inotify import Inotify
@@ -175,3 +180,68 @@ def test_a_share_that_is_silent_holds_up_nobody_and_its_copy_goes_when_it_answer
         await until(lambda: not copy.exists())
 
     asyncio.run(asyncio.wait_for(body(), TIMEOUT_S))
+
+
+@pytest.mark.parametrize("moment", ["listed", "looked at", "being copied"])
+def test_what_is_exchanged_while_it_is_copied_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    volume, copy = tmp_path / "volume", tmp_path / "copy"
+    volume.mkdir()
+    publish(volume, 1, colour="red", size="1")
+    exchanges = iter([2])
+
+    def exchange() -> None:
+        for number in exchanges:
+            publish(volume, number, colour="green", size="2")
+            withdraw(volume, 1)
+
+    def before(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            exchange()
+            return function(*args, **options)
+
+        return wrapped
+
+    def walk(top: str) -> Iterator[tuple[str, list[str], list[str]]]:
+        for found in os_walk(top):
+            exchange()
+            yield found
+
+    os_walk = os.walk
+    if moment == "listed":
+        monkeypatch.setattr(os, "walk", walk)
+    elif moment == "looked at":
+        monkeypatch.setattr(os, "lstat", before(os.lstat))
+    else:
+        monkeypatch.setattr(shutil, "copyfile", before(shutil.copyfile))
+
+    async def body() -> None:
+        assert names(copy) == ["..2", "..data", "colour", "size"]
+        assert ((copy / "colour").read_text(), (copy / "size").read_text()) == ("green", "2")
+
+    watching(volume, copy, body)
+
+
+def test_a_link_that_is_renamed_while_it_is_looked_at_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume, copy = tmp_path / "volume", tmp_path / "copy"
+    volume.mkdir()
+    publish(volume, 1, colour="red")
+    (volume / "..data_tmp").symlink_to("..1")
+    lstat = os.lstat
+
+    def look(path: str, **options: Any) -> os.stat_result:
+        status = lstat(path, **options)
+        if path.endswith("..data_tmp"):
+            (volume / "..data_tmp").rename(volume / "..data")
+        return status
+
+    monkeypatch.setattr(os, "lstat", look)
+
+    async def body() -> None:
+        assert names(copy) == ["..1", "..data", "colour"]
+        assert (copy / "colour").read_text() == "red"
+
+    watching(volume, copy, body)
