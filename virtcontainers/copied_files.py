@@ -34,6 +34,8 @@ _READ = os.O_RDONLY | os.O_NONBLOCK
 _SETTLE_S = 0.1
 """An update is several events; one look is enough for them."""
 _RETRY_S = (1.0, 60.0)
+_FIRST_COPIES = 3
+"""What is exchanged while it is copied is whole in the next copy."""
 _GONE = b"..gone"
 """The agent cannot delete. A link to nothing in the place of what is gone cannot be opened either."""
 
@@ -107,7 +109,7 @@ class CopiedFile:
             await self._copy_changed(agent, top)
 
     async def _copy_changed(self, agent: KataAgent, top: int) -> None:
-        found = await asyncio.to_thread(self._look, top)
+        found = await asyncio.to_thread(self._look_at_one_state, top)
         changed = [name for name, entry in found.items() if self._copied.get(name) != entry]
         for name in sorted(changed, key=lambda name: _rank(name, found[name])):
             entry = found[name]
@@ -145,6 +147,14 @@ class CopiedFile:
         except OSError as error:
             raise KataError(f"{self.source / name}: {error.strerror}") from error
 
+    def _look_at_one_state(self, top: int) -> dict[str, _Entry]:
+        """As `_look`, but what is there is not half of what kubelet's link led to before, half of after."""
+        while True:
+            data = _data(top)
+            found = self._look(top)
+            if _data(top) == data:
+                return found
+
     def _look(self, top: int) -> dict[str, _Entry]:
         """Name below the source -> what is there, folders before what is in them; "" is the source itself.
         Raises KataError when it is not there or too much."""
@@ -178,6 +188,13 @@ _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
 }
+
+
+def _data(top: int) -> bytes:
+    """What kubelet's link leads to; empty without one."""
+    with contextlib.suppress(OSError):
+        return os.readlink(b"..data", dir_fd=top)
+    return b""
 
 
 def _walk(top: int) -> Iterator[tuple[str, os.stat_result, bytes]]:
@@ -232,7 +249,7 @@ class FileWatch:
     async def start(self) -> None:
         """Copy all, and go on watching. Raises KataError."""
         for file in self._files:
-            await file.update(self._agent)
+            await self._first_copy(file)
         self._files = [file for file in self._files if file.folders]
         if not self._files:
             return
@@ -246,6 +263,18 @@ class FileWatch:
         # What has changed between the copy and the watch.
         self._changed.set()
         self._task = asyncio.create_task(self._run())
+
+    async def _first_copy(self, file: CopiedFile) -> None:
+        for _ in range(_FIRST_COPIES - 1):
+            try:
+                await file.update(self._agent)
+            except UnavailableError:
+                raise
+            except KataError:
+                await asyncio.sleep(_SETTLE_S)
+            else:
+                return
+        await file.update(self._agent)
 
     def _on_event(self) -> None:
         assert self._inotify is not None

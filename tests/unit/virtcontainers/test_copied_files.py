@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
 from virtcontainers.agent import KataAgent
-from virtcontainers.copied_files import CopiedFile
+from virtcontainers.copied_files import CopiedFile, FileWatch
 from virtcontainers.errors import KataError
 
 
@@ -81,3 +82,61 @@ def test_a_folder_may_become_a_link_or_a_file(tmp_path: Path) -> None:
         "/copy/two": b"new",
     }
     assert copied.folders == [""]
+
+
+def publish(volume: Path, number: int) -> None:
+    """As kubelet does: new files, then one link that makes them count; the old ones go."""
+    new = volume / f"..{number}"
+    new.mkdir()
+    (new / "key").write_text(str(number))
+    (volume / "..data_tmp").symlink_to(new.name)
+    (volume / "..data_tmp").rename(volume / "..data")
+    if number > 1:
+        (volume / f"..{number - 1}/key").unlink()
+        (volume / f"..{number - 1}").rmdir()
+
+
+def test_what_is_exchanged_while_it_is_looked_at_is_not_half_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path, 1)
+    fwalk, numbers = os.fwalk, iter([2])
+
+    def walk(*args: Any, **options: Any) -> Iterator[Any]:
+        for found in fwalk(*args, **options):
+            for number in numbers:
+                publish(tmp_path, number)
+            yield found
+
+    monkeypatch.setattr(os, "fwalk", walk)
+    agent = Agent()
+    update(CopiedFile(tmp_path, "/copy"), agent)
+    assert {path: data for path, (_, data) in agent.has.items()} == {
+        "/copy": b"",
+        "/copy/..2": b"",
+        "/copy/..2/key": b"2",
+        "/copy/..data": b"..2",
+    }
+
+
+def test_a_container_is_made_with_files_that_are_exchanged_while_they_are_sent(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    numbers = iter([2])
+
+    def exchange() -> None:
+        for number in numbers:
+            publish(tmp_path, number)
+
+    async def body() -> dict[str, tuple[int, bytes]]:
+        agent = Agent(meanwhile=exchange)
+        log = logging.LoggerAdapter(logging.getLogger(__name__))
+        watch = FileWatch(cast(KataAgent, agent), [CopiedFile(tmp_path, "/copy")], log)
+        try:
+            await watch.start()
+            return agent.has
+        finally:
+            await watch.close()
+
+    has = asyncio.run(body())
+    assert has["/copy/..data"][1] == b"..2"
+    assert has["/copy/..2/key"][1] == b"2"
