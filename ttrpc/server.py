@@ -70,24 +70,29 @@ class Server:
 
     async def serve(self, sock: socket.socket) -> None:
         """Accept on a listening socket until `shutdown`. The socket is closed then."""
-        listener = await asyncio.start_unix_server(self.serve_connection, sock=sock, limit=framing.READ_LIMIT)
+
+        async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await self.serve_connection(reader, writer)
+
+        listener = await asyncio.start_unix_server(accepted, sock=sock, limit=framing.READ_LIMIT)
         try:
             await self._stopped.wait()
         finally:
             listener.close()
 
-    async def serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Returns when the connection has ended and its handlers with it."""
+    async def serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Returns when the connection has ended and its handlers with it: whether anything was asked."""
         connection = _Connection(self, reader, writer)
         if self._stopped.is_set():
             connection.abort()
-            return
+            return False
         self._connections.add(connection)
         try:
             await connection.run()
         finally:
             self._connections.discard(connection)
             connection.ended.set()
+        return connection.was_asked
 
     async def shutdown(self, grace_s: float) -> None:
         """Accept no connection and no call any more, give what runs `grace_s` to be answered, then end every
@@ -160,6 +165,10 @@ class _Connection:
         self._last_id = 0
         self._calls: dict[int, _Call] = {}
         self._budget = Budget()
+
+    @property
+    def was_asked(self) -> bool:
+        return self._last_id > 0
 
     def close(self) -> None:
         """End it when the answers are out."""

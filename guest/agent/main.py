@@ -96,13 +96,13 @@ async def serve(listen: str, *, is_init: bool) -> None:
     server.register(health_pb2.DESCRIPTOR.services_by_name["Health"], HealthService())
     server.register(port_forward_pb2.DESCRIPTOR.services_by_name["PortForward"], PortForwardService())
 
-    hosts = 0
+    had_host = False
 
     async def serve_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal hosts
-        await server.serve_connection(reader, writer)
-        hosts += 1
-        if hosts == 1:
+        nonlocal had_host
+        # A host that is not answered in time begins anew: it has not gone.
+        if await server.serve_connection(reader, writer) and not had_host:
+            had_host = True
             from guest.agent.warm import warm_up
 
             warm_up(sandbox, is_init=is_init)

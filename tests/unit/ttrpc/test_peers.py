@@ -28,7 +28,7 @@ from ttrpc.framing import (
     encode,
     read_frame,
 )
-from ttrpc.inbox import CONNECTION_BYTES, STREAM_BYTES
+from ttrpc.inbox import CONNECTION_BYTES, STREAM_BYTES, STREAM_MESSAGES, Budget, Inbox
 from ttrpc.request_pb2 import Request, Response
 
 MIB = 1 << 20
@@ -193,7 +193,9 @@ def test_stream_that_its_handler_does_not_read_is_bounded_and_ended() -> None:
     asyncio.run(body())
 
 
-def test_a_slow_reader_of_a_stream_gets_all_of_it() -> None:
+def test_a_slow_reader_of_a_stream_gets_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ttrpc.inbox._FULL_S", 60)
+
     async def body() -> None:
         class Slow(EchoHandler):
             async def join(self, requests: AsyncIterator[Any], context: object) -> Any:
@@ -213,6 +215,43 @@ def test_a_slow_reader_of_a_stream_gets_all_of_it() -> None:
             frame = await raw.receive()
             assert frame is not None
             assert frame.payload == answer(Text(text="500"))
+
+    asyncio.run(body())
+
+
+def test_a_reader_that_makes_room_as_the_second_ends_is_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With no time at all the reader has made room when it is over, and the writer has not gone on yet.
+    monkeypatch.setattr("ttrpc.inbox._FULL_S", 0)
+
+    async def body() -> None:
+        inbox: Inbox[int] = Inbox(Budget())
+        for number in range(STREAM_MESSAGES):
+            assert await inbox.put(number, 1)
+        assert await asyncio.gather(inbox.put(STREAM_MESSAGES, 1), inbox.get()) == [True, 0]
+        assert [await inbox.get() for _ in range(STREAM_MESSAGES)] == list(range(1, STREAM_MESSAGES + 1))
+
+    asyncio.run(body())
+
+
+def test_who_serves_a_connection_is_told_whether_anything_was_asked() -> None:
+    async def asked(*frames: tuple[int, int, int, bytes]) -> bool:
+        ours, theirs = socket.socketpair()
+        server = Server()
+        server.register(ECHO, EchoHandler())
+        serving = asyncio.create_task(server.serve_connection(*await asyncio.open_connection(sock=theirs)))
+        raw = Raw(*await asyncio.open_connection(sock=ours))
+        for frame in frames:
+            raw.send(*frame)
+        raw.writer.write_eof()
+        answer = await serving
+        raw.writer.close()
+        return answer
+
+    async def body() -> None:
+        assert not await asked()
+        assert not await asked((1, DATA, 0, b""))
+        assert await asked((1, REQUEST, 0, envelope("Say")))
+        assert await asked((1, REQUEST, 0, envelope("None")))
 
     asyncio.run(body())
 
