@@ -44,7 +44,8 @@ class Sandbox:
         self.reaper = reaper
         self._hooks: dict[str, list[dict[str, Any]]] = {}
         self._wants_pause = False
-        self._pause_pid = 0
+        self._pause: tuple[int, asyncio.Future[int]] | None = None
+        """The process that holds the shared PID namespace, and its exit to come."""
         self._shared_pid_namespace: str | None = None
         self._creating: dict[str, asyncio.Event] = {}
         """Set when it has ended, in one way or the other."""
@@ -90,11 +91,15 @@ class Sandbox:
                 await self.remove_container(container_id)
             except (OSError, StatusError) as error:
                 log.warning("not removed: %s", error, extra={"container": container_id})
-        if self._pause_pid:
+        pause = self._pause
+        if pause is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pause_pid, signal.SIGKILL)
+                os.kill(pause[0], signal.SIGKILL)
         await self._storages.release_all()
         await in_thread(os.sync)
+        if pause is not None:
+            # Nobody is to join its namespace while it ends. Last: it ends after all that are in it.
+            await asyncio.shield(pause[1])
 
     def container(self, container_id: str) -> Container:
         """Raises StatusError (NOT_FOUND)."""
@@ -199,9 +204,10 @@ class Sandbox:
 
     async def _pid_namespace(self, container_id: str) -> str | None:
         """The namespace to join; None when the container about to be made is the one to be joined."""
-        if self._wants_pause and not self._pause_pid:
-            self._pause_pid = pid = self._start_pause()
+        if self._wants_pause and self._pause is None:
+            pid = self._start_pause()
             exited = self.reaper.watch(pid)
+            self._pause = pid, exited
             exited.add_done_callback(self._pause_ended)
             self._share_pid_namespace(pid, exited)
         if self._shared_pid_namespace is None:
@@ -230,7 +236,7 @@ class Sandbox:
         exited.add_done_callback(end)
 
     def _pause_ended(self, _: asyncio.Future[int]) -> None:
-        self._pause_pid = 0
+        self._pause = None
 
     @staticmethod
     def _start_pause() -> int:
