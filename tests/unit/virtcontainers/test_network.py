@@ -392,7 +392,7 @@ def test_a_namespace_that_has_a_pod_is_refused(namespace: Namespace, model: Inte
         machine = Machine()
         first = await attached(namespace, machine, model)
         script = """
-            ip -o link | cut -d " " -f 2; ip link show eth0 | grep ether; ip -o addr | sed "s/ tentative//"
+            ip -o link | cut -d " " -f 2; ip link show eth0 | grep ether; ip -o addr show scope global
             tc filter show dev eth0 ingress
         """
         before = namespace.sh(script)

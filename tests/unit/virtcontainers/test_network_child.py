@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,13 +55,25 @@ def test_what_cannot_be_entered_is_told_whatever_is_asked() -> None:
     asyncio.run(enter())
 
 
+@pytest.fixture
+def quiet() -> Iterator[Path]:
+    """A namespace in which nobody else does anything."""
+    command = ["unshare", "--net", "sh", "-c", "echo made; exec sleep 1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"made\n"
+        try:
+            yield Path(f"/proc/{process.pid}/ns/net")
+        finally:
+            process.kill()
+
+
 @needs_root
-def test_descriptors_and_errors_come_over_and_nothing_stays() -> None:
-    """In our own namespace, where it only looks."""
+def test_descriptors_and_errors_come_over_and_nothing_stays(quiet: Path) -> None:
     before, pids = open_descriptors(), []
 
     async def look() -> None:
-        namespace = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        namespace = open_namespace(quiet)
         try:
             async with NamespaceChild.inside(namespace) as child:
                 pids.append(child._pid)
