@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import loop, put_busybox, remove_cgroups, wait_for
+from harness import TIMEOUT_S, loop, put_busybox, remove_cgroups, wait_for
 
 from agent_client.protocols import agent_pb2, health_pb2, oci_json
 from ttrpc import Client, Code, StatusError
@@ -27,7 +28,6 @@ REPO = Path(__file__).resolve().parents[2]
 APPLETS = (
     "sh cat echo sleep dd md5sum stty tty id env hostname head true false kill ps ls touch seq test wc mkdir"
 )
-TIMEOUT_S = 120.0
 
 # A cgroup v2 hierarchy where a guest has it, whatever the host has there, and the guest's busybox.
 SET_UP = """
@@ -63,8 +63,8 @@ def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Server:
     """The agent's process, by the pid of the first process of its PID namespace's parent."""
 
-    def __init__(self, socket: Path, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.socket = socket
+    def __init__(self, address: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.address = address
         self.process = process
         self.log = log
 
@@ -98,28 +98,40 @@ def _cgroup2() -> Path:
     raise AssertionError("no cgroup2 is mounted")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    directory = tmp_path_factory.mktemp("agent")
+@contextlib.contextmanager
+def serving(directory: Path) -> Iterator[Server]:
     programs = directory / "bin"
     programs.mkdir()
     put_busybox(programs / "busybox")
-    socket, log = directory / "agent.sock", directory / "agent.log"
+    address, log = directory / "agent.sock", directory / "agent.log"
     command = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
     command += ["sh", "-ec", SET_UP, "sh", str(programs), sys.executable, "-m", "guest.agent.main"]
     with log.open("wb") as output:
-        process = subprocess.Popen([*command, "--listen", f"unix:{socket}"], cwd=REPO, stderr=output)
+        process = subprocess.Popen([*command, "--listen", f"unix:{address}"], cwd=REPO, stderr=output)
     try:
         deadline = time.monotonic() + TIMEOUT_S
-        while not socket.exists():
+        while not _listens(address):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.01)
-        yield Server(socket, process, log)
+        yield Server(address, process, log)
         assert process.poll() is None, log.read_text()
         assert "Traceback" not in log.read_text()
     finally:
         process.kill()
         process.wait()
+
+
+def _listens(address: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(address)) == 0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    try:
+        with serving(tmp_path_factory.mktemp("agent")) as server:
+            yield server
+    finally:
         remove_cgroups(_cgroup2() / "containers")
 
 
@@ -296,10 +308,15 @@ class Agent:
         response = await self.health.check(health_pb2.CheckRequest())
         assert response.status == health_pb2.HealthCheckResponse.SERVING
 
+    async def has_heard(self) -> None:
+        """All that the tasks which there are ask for: calls of one connection begin in their order."""
+        await asyncio.sleep(0)
+        await self.check()
+
 
 @contextlib.asynccontextmanager
 async def connected(server: Server, rootfs: Path) -> AsyncIterator[Agent]:
-    client = await Client.connect(server.socket)
+    client = await Client.connect(server.address)
     try:
         yield Agent(client, rootfs)
     finally:
@@ -341,8 +358,8 @@ def run(server: Server, rootfs: Path) -> Iterator[Callable[[Body], None]]:
     assert container_files(server) == [], "files of containers are left"
     cgroups = _cgroup2() / "containers"
     assert not cgroups.exists() or [p for p in cgroups.iterdir() if p.is_dir()] == []
-    deadline = time.monotonic() + 60
-    while (processes := [p for p in server.processes() if p[2] != "busybox"]) and time.monotonic() < deadline:
+    deadline = time.monotonic() + TIMEOUT_S
+    while (processes := server.processes()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert processes == [], server.log.read_text()
 
@@ -353,6 +370,37 @@ def _first_process(server: Server) -> int:
 
 
 Run = Callable[[Body], None]
+
+
+class Hook:
+    """Of a container: it says that it runs, and goes on when it is told."""
+
+    def __init__(self, kind: str, directory: Path) -> None:
+        self._kind = kind
+        self._directory = directory
+
+    def put(self, spec: dict[str, Any]) -> None:
+        name = f"/run/{self._directory.name}"
+        script = f"> {name}/runs; until [ -e {name}/told ]; do /bin/sleep 0.05; done"
+        spec["hooks"] = {self._kind: [{"path": "/bin/sh", "args": ["sh", "-c", script]}]}
+
+    async def runs(self) -> None:
+        while not (self._directory / "runs").exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    def go_on(self) -> None:
+        (self._directory / "told").touch()
+
+
+@contextlib.contextmanager
+def hook(server: Server, kind: str) -> Iterator[Hook]:
+    directory = Path(f"/proc/{_first_process(server)}/root/run/hook-{next(_ids)}")
+    directory.mkdir()
+    hook = Hook(kind, directory)
+    try:
+        yield hook
+    finally:
+        hook.go_on()
 
 
 @contextlib.contextmanager
@@ -388,6 +436,27 @@ def disk(path: Path) -> Iterator[str]:
         yield device
 
 
+def test_an_agent_warms_up_when_its_first_host_has_gone_and_no_sooner(tmp_path: Path, rootfs: Path) -> None:
+    def has_crun(server: Server) -> bool:
+        for fd in Path(f"/proc/{_first_process(server)}/fd").iterdir():
+            # It may be a connection that ends.
+            with contextlib.suppress(FileNotFoundError):
+                if "memfd:crun" in str(fd.readlink()):
+                    return True
+        return False
+
+    async def call(server: Server) -> None:
+        async with asyncio.timeout(TIMEOUT_S), connected(server, rootfs) as agent:
+            await agent.check()
+            assert not has_crun(server)
+
+    with serving(tmp_path) as server:
+        # Who has not asked anything is no host: as who has found out that it listens.
+        assert _listens(server.address)
+        asyncio.run(call(server))
+        wait_for("the first container's crun", lambda: has_crun(server))
+
+
 def test_exit_statuses(run: Run) -> None:
     async def body(agent: Agent) -> None:
         assert await agent.run("echo out; echo err >&2") == (0, "out\n", "err\n")
@@ -412,12 +481,18 @@ def test_a_killed_container_reports_128_and_the_signal(run: Run) -> None:
     run(body)
 
 
-def test_a_container_may_be_removed_by_two_at_once(run: Run) -> None:
+def test_a_container_may_be_removed_by_two_at_once(run: Run, server: Server) -> None:
     """A host that has lost its patience with the first call asks again."""
 
     async def body(agent: Agent) -> None:
-        container_id = await agent.start(["sleep", "1000"])
-        await asyncio.gather(*(agent.remove(container_id) for _ in range(2)))
+        with hook(server, "poststop") as end:
+            container_id = await agent.start(["sleep", "1000"], change=end.put)
+            removals = [asyncio.ensure_future(agent.remove(container_id)) for _ in range(2)]
+            await end.runs()
+            await agent.has_heard()
+            assert not any(removal.done() for removal in removals)
+            end.go_on()
+            await asyncio.gather(*removals)
         with pytest.raises(StatusError) as raised:
             await agent.remove(container_id)
         assert raised.value.code == Code.NOT_FOUND
@@ -700,10 +775,9 @@ def test_pause_and_resume(run: Run) -> None:
         await agent.read_until(container_id, "tick")
         await agent.rpc.pause_container(agent_pb2.PauseContainerRequest(container_id=container_id))
         # Who is on a CPU when he is frozen is counted when he leaves it.
-        await asyncio.sleep(0.5)
-        used = await agent.cpu_usage(container_id)
-        await asyncio.sleep(0.5)
-        assert await agent.cpu_usage(container_id) == used
+        used = -1
+        while used != (used := await agent.cpu_usage(container_id)):  # noqa: ASYNC110
+            await asyncio.sleep(0.5)
         with pytest.raises(StatusError) as raised:
             await agent.exec(container_id, "e", ["true"])
         assert raised.value.code == Code.FAILED_PRECONDITION
@@ -745,17 +819,19 @@ def test_removing_a_container_ends_whatever_runs(run: Run) -> None:
     run(body)
 
 
-def test_a_container_that_is_removed_while_it_is_created_is_gone(run: Run) -> None:
+def test_a_container_that_is_removed_while_it_is_created_is_gone(run: Run, server: Server) -> None:
     """As a host does that has waited for it as long as it would."""
 
-    def slow(spec: dict[str, Any]) -> None:
-        spec["hooks"] = {"prestart": [{"path": "/bin/sleep", "args": ["sleep", "3"]}]}
-
     async def body(agent: Agent) -> None:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(agent.create(["sleep", "1000"], change=slow), 1)
-        with contextlib.suppress(StatusError):
-            await agent.remove(agent.created[0])
+        with hook(server, "prestart") as slow:
+            creation = asyncio.ensure_future(agent.create(["sleep", "1000"], change=slow.put))
+            await slow.runs()
+            creation.cancel()
+            removal = asyncio.ensure_future(agent.remove(agent.created[0]))
+            await agent.has_heard()
+            slow.go_on()
+            with contextlib.suppress(StatusError):
+                await removal
         with pytest.raises(StatusError) as raised:
             await agent.remove(agent.created[0])
         assert raised.value.code == Code.NOT_FOUND
@@ -813,7 +889,7 @@ def test_orphans_are_reaped(run: Run, server: Server) -> None:
     wait_for("their end", lambda: not [p for p in server.processes() if p[1] == "Z"])
 
 
-def test_containers_see_each_other_in_a_shared_pid_namespace(run: Run) -> None:
+def test_containers_see_each_other_in_a_shared_pid_namespace(run: Run, server: Server) -> None:
     async def body(agent: Agent) -> None:
         await agent.rpc.create_sandbox(agent_pb2.CreateSandboxRequest(sandbox_id="s", sandbox_pidns=True))
         first = await agent.start("sleep 1234 & echo; sleep 1000", sandbox_pidns=True)
@@ -825,8 +901,11 @@ def test_containers_see_each_other_in_a_shared_pid_namespace(run: Run) -> None:
         # The others of the container are not left when its init ends, though its namespace lives on.
         await agent.signal(first, signal.SIGTERM, first)
         assert await agent.wait(first) == 143
-        assert "sleep 1234" not in (await agent.run("ps -o args", sandbox_pidns=True))[1]
+        while "sleep 1234" in (await agent.run("ps -o args", sandbox_pidns=True))[1]:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
         await agent.remove(first)
+        await agent.rpc.destroy_sandbox(agent_pb2.DestroySandboxRequest())
+        assert "busybox" not in [name for *_, name in server.processes()], "what held it has ended, too"
 
     run(body)
 
@@ -837,19 +916,23 @@ async def without_pause(agent: Agent) -> None:
     await agent.rpc.create_sandbox(agent_pb2.CreateSandboxRequest(sandbox_id="s"))
 
 
-def test_who_comes_while_the_owner_of_the_pid_namespace_is_removed_is_the_next(run: Run) -> None:
-    def slow_end(spec: dict[str, Any]) -> None:
-        spec["hooks"] = {"poststop": [{"path": "/bin/sleep", "args": ["sleep", "2"]}]}
-
+def test_who_comes_while_the_owner_of_the_pid_namespace_is_removed_is_the_next(
+    run: Run, server: Server
+) -> None:
     async def body(agent: Agent) -> None:
         await without_pause(agent)
-        owner = await agent.start(["sleep", "1000"], change=slow_end, sandbox_pidns=True)
-        assert (await agent.run("echo $$", sandbox_pidns=True))[1] != "1\n"
-        removal = asyncio.ensure_future(agent.remove(owner))
-        assert await agent.wait(owner) == 137
-        coming = [asyncio.ensure_future(agent.start("echo $$; sleep 1000", sandbox_pidns=True)) for _ in "ab"]
-        first, second = [await each for each in coming]
-        assert removal.done()
+        with hook(server, "poststop") as end:
+            owner = await agent.start(["sleep", "1000"], change=end.put, sandbox_pidns=True)
+            assert (await agent.run("echo $$", sandbox_pidns=True))[1] != "1\n"
+            removal = asyncio.ensure_future(agent.remove(owner))
+            await end.runs()
+            script = "echo $$; sleep 1000"
+            coming = [asyncio.ensure_future(agent.start(script, sandbox_pidns=True)) for _ in "ab"]
+            await agent.has_heard()
+            assert not removal.done()
+            end.go_on()
+            first, second = [await each for each in coming]
+            assert removal.done()
         pids = [await agent.read_until(container_id, "\n") for container_id in (first, second)]
         assert pids[0] == "1\n"
         assert pids[1] != "1\n"
@@ -864,21 +947,22 @@ def test_who_comes_while_the_owner_of_the_pid_namespace_is_removed_is_the_next(r
 
 
 def test_a_pid_namespace_that_ends_while_it_is_joined_is_named(run: Run, server: Server) -> None:
-    def slow(spec: dict[str, Any]) -> None:
-        spec["hooks"] = {"prestart": [{"path": "/bin/sleep", "args": ["sleep", "2"]}]}
-
     async def body(agent: Agent) -> None:
         await without_pause(agent)
         owner = await agent.start(["sleep", "1000"], sandbox_pidns=True)
-        joining = asyncio.ensure_future(agent.create(["sleep", "1000"], change=slow, sandbox_pidns=True))
-        async with asyncio.timeout(TIMEOUT_S):
-            while [name for _, _, name in server.processes()].count("sleep") < 2:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-        await agent.signal(owner, signal.SIGKILL, owner)
-        with pytest.raises(
-            StatusError, match=r"PID namespace that container c[0-9]+ was to share has ended"
-        ) as raised:
-            await joining
+        with hook(server, "prestart") as slow:
+            joining = asyncio.ensure_future(
+                agent.create(["sleep", "1000"], change=slow.put, sandbox_pidns=True)
+            )
+            await slow.runs()
+            await agent.signal(owner, signal.SIGKILL, owner)
+            # The kernel has ended all that were in it by then.
+            assert await agent.wait(owner) == 137
+            slow.go_on()
+            with pytest.raises(
+                StatusError, match=r"PID namespace that container c[0-9]+ was to share has ended"
+            ) as raised:
+                await joining
         assert raised.value.code == Code.FAILED_PRECONDITION
         await agent.remove(owner)
 
@@ -1007,7 +1091,7 @@ def test_nonsense_on_the_wire_ends_that_connection_only(run: Run, server: Server
     async def body(agent: Agent) -> None:
         container_id = await agent.start(["cat"])
         for nonsense in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, b"", os.urandom(4096)):
-            _, writer = await asyncio.open_unix_connection(server.socket)
+            _, writer = await asyncio.open_unix_connection(server.address)
             writer.write(nonsense)
             with contextlib.suppress(OSError):
                 await writer.drain()
