@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 4 << 20
 """What the agent's protocol can carry."""
-_REQUEST_TIMEOUT_S = 10.0
+_REQUEST_TIMEOUT_S = 60.0
+"""Only a hang is longer, also on a machine that is busy."""
 
 _REASONS = {
     200: "OK",

@@ -100,8 +100,13 @@ class Namespace:
         self.wait_up(name)
 
     def wait_up(self, name: str) -> None:
-        """Wait for the address of its own that the kernel gives a link which is up: both come later."""
-        wait_for(f"{name} to be up", lambda: "fe80" in sh(f"ip -n {self.name} -6 addr show dev {name}"))
+        """Wait until the kernel calls it so, and has given it an address of its own: each comes later."""
+
+        def is_up() -> bool:
+            shown = sh(f"ip -n {self.name} addr show dev {name}")
+            return "state UP" in shown and "inet6 fe80" in shown
+
+        wait_for(f"{name} to be up", is_up)
 
     def add_macvlan(self, name: str) -> None:
         """Without addresses; on the bridge by a link of the host's."""
@@ -124,6 +129,9 @@ class Namespace:
             ip -n {self.name} route add default via {HOST}
             ip -n {self.name} -6 route add default via {HOST6}
         """)
+        # The kernel makes it some time after the address.
+        local = f"ip -n {self.name} -6 route show table local"
+        wait_for("the address' own route", lambda: f"local {self.address6} " in sh(local))
 
     def links(self) -> set[str]:
         return {each["ifname"] for each in self.ip("link")}

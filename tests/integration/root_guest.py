@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import shlex
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -19,6 +20,8 @@ from virtcontainers.container import Container, Process
 from virtcontainers.sandbox import Sandbox, create_sandbox
 
 T = TypeVar("T")
+
+_ENDED = re.compile(r"\nstatus \d+\n\Z")
 
 _CAPABILITIES = (
     "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
@@ -130,8 +133,8 @@ cat >/dev/null
         )
         output = wait_for(
             "the guest's root",
-            # There may be no such file yet.
-            lambda: found if "\nstatus " in (found := self.run(f"cat /{name}.out")[1]) else None,
+            # There may be no such file yet, or a part of it.
+            lambda: found if _ENDED.search(found := self.run(f"cat /{name}.out")[1]) else None,
         )
         output, _, status = output.rpartition("\nstatus ")
         assert int(status) == 0, output

@@ -62,10 +62,11 @@ def model(name: str) -> tuple[str, ...]:
     return ("--annotation", f"io.katacontainers.config.runtime.internetworking_model={name}")
 
 
-def ping(ctr: Ctr, pod: str, address: str) -> bool:
+def wait_ping(ctr: Ctr, pod: str, address: str) -> None:
+    """Who asks gives up on a neighbour that does not answer for three seconds, and drops the packet."""
     program = "ping6" if ":" in address else "ping"
-    result = ctr.exec(pod, program, "-c", "2", "-W", str(TIMEOUT_S), address)
-    return result.returncode == 0
+    command = program, "-c", "1", "-W", "10", address
+    wait_for(f"{address} to answer {pod}", lambda: ctr.exec(pod, *command).returncode == 0)
 
 
 def hosts_network() -> str:
@@ -100,6 +101,7 @@ def nets(lan: None) -> Iterator[tuple[Namespace, Namespace]]:
             ip addr add 10.90.0.2/24 dev net2
             ip tuntap add net3 mode tap; ip addr add 10.91.0.2/24 dev net3; ip link set net3 up
         """)
+        wait_for("net3 to be known as idle", lambda: "state DOWN" in two.sh("ip link show net3"))
         yield one, two
 
 
@@ -152,8 +154,8 @@ class TestTwoPods:
     ) -> None:
         for pod, other in zip(pods, reversed(nets), strict=True):
             for address in (HOST, HOST6, other.address, other.address6):
-                assert ping(ctr, pod, address), address
-        assert ping(ctr, pods[1], "10.90.0.1"), "by the macvlan"
+                wait_ping(ctr, pod, address)
+        wait_ping(ctr, pods[1], "10.90.0.1")  # by the macvlan
 
     def test_a_gibibyte_arrives_whole(
         self, ctr: Ctr, pods: tuple[str, str], nets: tuple[Namespace, Namespace]
@@ -285,8 +287,8 @@ def test_macvtap_connects_the_pod(ctr: Ctr, container_id: str, template: Templat
     with ctr.detached(container_id, *SLEEP, options=options):
         assert seen_in(ctr, container_id) == wanted
         assert {"tap0_kata", "eth0"} < net.links()
-        assert ping(ctr, container_id, HOST)
-        assert ping(ctr, container_id, HOST6)
+        wait_ping(ctr, container_id, HOST)
+        wait_ping(ctr, container_id, HOST6)
         succeeds(ctr, container_id, "httpd", "-h", "/etc")
         with urllib.request.urlopen(f"http://{net.address}/passwd", timeout=TIMEOUT_S) as response:
             assert response.read().startswith(b"root:x:0:0:")
@@ -308,7 +310,7 @@ def test_model_none_leaves_the_tap_to_others(
             ip link add br0 type bridge; ip link set br0 up
             ip link set eth0 master br0; ip link set tap0_kata master br0
         """)
-        assert ping(ctr, container_id, HOST)
+        wait_ping(ctr, container_id, HOST)
 
 
 def test_links_come_go_and_change_while_the_pod_runs(
@@ -336,7 +338,7 @@ def test_links_come_go_and_change_while_the_pod_runs(
         wait_for("the neighbour in the guest", follows)
         net.sh(f"ip neigh del {neighbor}")
         wait_for("the neighbour's end in the guest", follows)
-        assert ping(ctr, container_id, HOST)
+        wait_ping(ctr, container_id, HOST)
 
 
 def test_a_pod_with_ipv6_only_outlives_its_namespace(
@@ -346,10 +348,11 @@ def test_a_pod_with_ipv6_only_outlives_its_namespace(
     net.sh("ip -4 addr flush dev eth0; ip -4 route flush table main")
     with ctr.detached(container_id, *SLEEP, options=(*template.options, *net.options)):
         assert seen_in(ctr, container_id) == net.seen()
-        assert ping(ctr, container_id, HOST6)
+        wait_ping(ctr, container_id, HOST6)
         net.sh("ip link del eth0")
         sh(f"ip netns del {net.name}")
-        links = "ls", "/sys/class/net"
+        # Not ls, which looks at each, and complains of one that has just gone.
+        links = "sh", "-c", "cd /sys/class/net; echo *"
         wait_for("the link's end in the guest", lambda: succeeds(ctr, container_id, *links).split() == ["lo"])
         assert succeeds(ctr, container_id, "ip", "-6", "route", "show", "default") == ""
     sh(f"ip netns add {net.name}")  # for the fixture, which looks into it
@@ -418,7 +421,7 @@ def test_ctr_run_with_cni(ctr: Ctr, container_id: str, template: Templates, tmp_
     (tmp_path / "net.d/10-lan.conflist").write_text(CNI % {"data": tmp_path / "addresses"})
     command = ctr.run_command(
         container_id,
-        *("sh", "-c", f"ip addr show eth0; ip route; ping -c 2 {HOST}"),
+        *("sh", "-c", f"ip addr show eth0; ip route; ping -c 2 -W {TIMEOUT_S} {HOST}"),
         options=("--rm", "--cni", *template.options),
     )
     # ctr knows these folders only, and the host has others of these names, or none.
@@ -435,7 +438,8 @@ def test_ctr_run_with_cni(ctr: Ctr, container_id: str, template: Templates, tmp_
     assert re.search(r"inet 198\.19\.255\.2\d\d/24", out)
     assert f"default via {HOST} dev eth0" in out
     assert "2 packets received" in out
-    assert hosts_network() == links
+    # The link on the host goes with the machine's namespace, which the kernel takes apart in its own time.
+    wait_for("the namespace's end", lambda: hosts_network() == links)
 
 
 def test_a_hook_fills_the_machines_own_namespace(tmp_path: Path, guest_image: Path) -> None:
@@ -485,7 +489,7 @@ def test_a_cached_machine_gets_the_pods_network(ctr: Ctr, tmp_path: Path, net: N
         with ctr.detached(pod, *SLEEP, options=("--runtime-config-path", str(path), *net.options)):
             assert log.warnings(pod) == []
             assert seen_in(ctr, pod) == net.seen()
-            assert ping(ctr, pod, HOST)
+            wait_ping(ctr, pod, HOST)
     finally:
         server.terminate()
         server.communicate()
@@ -506,7 +510,7 @@ def test_a_macvtap_of_the_namespace_is_the_machines(
     with ctr.detached(container_id, *SLEEP, options=options):
         found = seen_in(ctr, container_id)
         assert found.interfaces == {each for each in wanted.interfaces if each.name == "eth0"}
-        assert ping(ctr, container_id, HOST)
+        wait_ping(ctr, container_id, HOST)
     assert "eth0" in net.links()
 
 
@@ -545,4 +549,6 @@ def test_the_log_tells_of_the_pods_links(
     result = ctr.run(container_id, "true", options=(*template.options, *net.options))
     assert result.returncode == 0, result.stderr
     assert log.warnings(container_id) == []
-    assert log.count("the pod has eth0 (virtual) by tap0_kata") == 1
+    sentence = "the pod has eth0 (virtual) by tap0_kata"
+    wait_for("the log", lambda: log.count(sentence))
+    assert log.count(sentence) == 1

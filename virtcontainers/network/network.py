@@ -161,10 +161,12 @@ class Network:
 
     async def settle(self) -> None:
         """Return when the guest has what was in the namespace when this was called; what could not be done
-        before is tried again. Raises KataError."""
+        before is tried again. Raises KataError, UnavailableError when `close` comes first."""
         if self._machine is None:
             return
         async with self._lock:
+            if self._machine is None:  # it has ended while another had the lock
+                raise self._has_ended()
             self._drain()
         if self._is_stale or not self._guest_knows:
             await self._until_closed(self._sync(strict=True))
@@ -180,7 +182,10 @@ class Network:
             caller = asyncio.current_task()
             if self._machine is not None or (caller is not None and caller.cancelling()):
                 raise
-            raise UnavailableError(f"{self._where}: its machine has ended") from None
+            raise self._has_ended() from None
+
+    def _has_ended(self) -> UnavailableError:
+        return UnavailableError(f"{self._where}: its machine has ended")
 
     async def close(self) -> None:
         """The machine has ended, or is about to: nothing is done to it any more. Idempotent."""

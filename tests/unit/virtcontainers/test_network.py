@@ -264,6 +264,20 @@ def test_the_pods_end_ends_a_look_at_its_network(namespace: Namespace) -> None:
     asyncio.run(body())
 
 
+def test_who_waits_for_anothers_look_is_told_of_the_pods_end(namespace: Namespace) -> None:
+    async def body() -> None:
+        network = await attached(namespace, Machine())
+        async with network._lock:
+            settling = asyncio.create_task(network.settle())
+            await asyncio.sleep(0)
+            await network.close()
+        with pytest.raises(UnavailableError, match="its machine has ended"):
+            await settling
+        await network.delete()
+
+    asyncio.run(body())
+
+
 def test_pyroute2_is_imported_for_a_namespace_with_links_alone(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
