@@ -17,7 +17,7 @@ from ttrpc import Code, StatusError
 
 log = logging.getLogger(__name__)
 
-_TIMEOUT_S = 10.0
+_TIMEOUT_S = 30.0
 _POLL_S = 0.02
 _MAX_NAME_BYTES = 15  # IFNAMSIZ
 _RENAMES = 10

@@ -18,7 +18,7 @@ from typing import Any
 
 import host_state
 import private_cri
-from harness import TIMEOUT_S, new_id, wait_for
+from harness import TIMEOUT_S, new_id, remove_cgroups, wait_for
 from private_containerd import TEST_IMAGE, Containerd
 
 Json = dict[str, Any]
@@ -236,6 +236,6 @@ def cgroups(path: str) -> Iterator[None]:
         yield
     finally:
         for directory in made:
-            with contextlib.suppress(OSError):
-                directory.rmdir()
+            remove_cgroups(directory)
+            with contextlib.suppress(OSError):  # another pod is in there
                 directory.parent.rmdir()

@@ -301,9 +301,9 @@ def test_what_cannot_be_is_refused_by_name(template: Template) -> None:
                 )
                 assert [type(error) for error in missing] == [DeadlineExceededError] * 2
                 by_mac, by_path = map(str, missing)
-                assert f"interface eth5: none with hardware address {OTHER_MAC} after 10 s" in by_mac
+                assert f"interface eth5: none with hardware address {OTHER_MAC} after 30 s" in by_mac
                 assert f"eth0 ({MAC})" in by_mac
-                assert "interface eth5: none at PCI path 02/1e after 10 s" in by_path
+                assert "interface eth5: none at PCI path 02/1e after 30 s" in by_path
                 route = types_pb2.Route
                 for error, sentence, refused in (
                     (

@@ -177,6 +177,7 @@ def test_a_rename_that_races_with_an_open_wins_nothing(pod: Pod, host: Path) -> 
     (host / "volume/way/file").write_text("guest")
     found = pod.as_guests_root(f"""{places(pod)}
 fd = os.open(volume + "/way", os.O_RDONLY | os.O_DIRECTORY)
+read = set([open(os.open("file", os.O_RDONLY, dir_fd=fd)).read()])
 child = os.fork()
 if child == 0:
     while True:
@@ -184,7 +185,6 @@ if child == 0:
         os.symlink({str(host / "secrets/way")!r}, again + "/way")
         os.unlink(again + "/way")
         os.rename(again + "/aside", again + "/way")
-read = set()
 for number in range(200):
     try:
         if number % 3 == 0:

@@ -89,6 +89,8 @@ _VHOST_DEVICE_VSOCK = "vhost-device-vsock"
 _SHARE = "fs0"
 _LAST_WORDS_TIMEOUT_S = 1.0
 _DAEMONS_END_TIMEOUT_S = 0.2
+_QEMUS_END_TIMEOUT_S = 10.0
+"""What it has of memory is given back before its end is seen."""
 _CONSOLE_TAIL_LINES = 30
 """A panic's reason stands above its trace of some 20 lines."""
 # CPU#0\nRAX=... RIP=ffffffff81c01220 RFL=00000046 [---Z-P-] CPL=0 II=0 A20=1 SMM=0 HLT=0
@@ -798,7 +800,7 @@ class Qemu(Hypervisor):
         if dead.ended_well:
             # It may only be seen before QEMU, of which it has ended.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+                async with asyncio.timeout(_QEMUS_END_TIMEOUT_S):
                     await self._qemu.wait()
             if not self._qemu.running:
                 dead = self._qemu

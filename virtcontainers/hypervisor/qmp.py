@@ -93,9 +93,10 @@ class QMP:
         Raises HypervisorError when the guest keeps it.
         """
         clock = asyncio.get_running_loop().time
-        deadline, asked_at = clock() + timeout_s, float("-inf")
+        deadline, never = clock() + timeout_s, float("-inf")
+        asked_at = never
         while await self._has_device(device_id):
-            if clock() > deadline:
+            if clock() > deadline and asked_at != never:
                 raise HypervisorError(f"the guest has not let go of {device_id} within {timeout_s:g} s")
             if clock() - asked_at > _UNPLUG_AGAIN_S:
                 asked_at = clock()
