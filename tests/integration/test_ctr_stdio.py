@@ -52,7 +52,13 @@ class Terminal:
         self._master, slave = os.openpty()
         self.resize(rows, columns, tell=False)
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, close_fds=True
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            # What a shell runs in the background ignores it, and so do those whom that starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(slave)
         os.set_blocking(self._master, False)
