@@ -15,7 +15,7 @@ from katautils.factory import handle_factory
 from katautils.hooks import run_hooks
 from virtcontainers.config import ContainerConfig, ContainerType, Mount, OCISpec
 from virtcontainers.container import Container
-from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError
+from virtcontainers.errors import FailedPreconditionError, InvalidArgumentError, KataError
 from virtcontainers.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,11 @@ async def create_container(
 
 
 async def _give_up(container: Container) -> None:
-    await container.delete()
+    try:
+        await container.delete()
+    except KataError as error:
+        # Why it is given up is what the caller is told.
+        log.error("of container %s, which was given up, something stays: %s", container.id, error)
     await post_stop_hooks(container)
 
 

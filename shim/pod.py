@@ -370,7 +370,10 @@ class Pod:
             is_alive = self._sandbox is not None and not self._sandbox.is_dead
             await task.io.drain(DRAIN_IDLE_S, self._answers if is_alive else None)
             if not publish or task.process is None:
-                await task.io.close()
+                try:
+                    await task.io.close()
+                except OSError as error:
+                    log.warning("output of process %s: %s", task.id, error, extra={"container": container.id})
         task.status, task.exit_status, task.exited_at = STOPPED, exit_status, exited_at
         task.has_exited.set()
         if publish:
@@ -615,10 +618,11 @@ class Pod:
     async def _stop(self, sandbox: Sandbox) -> None:
         try:
             await sandbox.stop()
-        except KataError as error:
+        except (KataError, OSError) as error:
             log.error("the machine did not end: %s", error, extra={"sandbox": sandbox.id})
-        # Nobody waits for one that never started. Those to come are of another machine.
-        self._spawn(self._end_all(list(self._containers.values())))
+        finally:
+            # Nobody waits for one that never started. Those to come are of another machine.
+            self._spawn(self._end_all(list(self._containers.values())))
 
     async def _delete_sandbox(self) -> None:
         self._begin_teardown()

@@ -19,7 +19,7 @@ _LOG_BYTES = 16 << 10
 _LOAD_LAYOUT = "=IIQQIIQII16sII"
 _NAME = b"kata_py"
 _INTERRUPTIONS = 5
-"""That are borne: the verifier gives up when a signal is pending."""
+"""How many are borne: the verifier gives up when a signal is pending."""
 
 
 class Command(IntEnum):

@@ -41,14 +41,6 @@ async def cleanup(sandbox_id: str, container_id: str) -> None:
             await network.cleanup(state.network)
         except KataError as error:
             failures.append(error)
-    if container_id == sandbox_id and state.cgroups:
-        from virtcontainers.resource_control import ResourceController
-
-        for path in reversed(state.cgroups):
-            try:
-                ResourceController(path).delete()
-            except KataError as error:
-                failures.append(error)
     for id_, rootfs in state.rootfs.items():
         if container_id in (id_, sandbox_id):
             try:
@@ -64,6 +56,15 @@ async def cleanup(sandbox_id: str, container_id: str) -> None:
             share.unshare_container(container_id)
     except KataError as error:
         failures.append(error)
+    if container_id == sandbox_id and state.cgroups:
+        # Last: one that is busy takes its time, of which containerd leaves little.
+        from virtcontainers.resource_control import ResourceController
+
+        for path in reversed(state.cgroups):
+            try:
+                ResourceController(path).delete()
+            except KataError as error:
+                failures.append(error)
     if failures:
         raise failures[0]
     if container_id == sandbox_id:

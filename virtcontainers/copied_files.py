@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from virtcontainers.agent import KataAgent
-from virtcontainers.errors import KataError, UnavailableError
+from virtcontainers.errors import DeadlineExceededError, KataError, UnavailableError
 from virtcontainers.fs_share import GuestFolders
 from virtcontainers.inotify import Inotify
 from virtcontainers.mount import open_source
@@ -34,6 +34,8 @@ _READ = os.O_RDONLY | os.O_NONBLOCK
 _SETTLE_S = 0.1
 """An update is several events; one look is enough for them."""
 _RETRY_S = (1.0, 60.0)
+_LOOKS = 5
+"""Another pod's guest may change what is there, and without end."""
 _FIRST_COPIES = 3
 """What is exchanged while it is copied is whole in the next copy."""
 _GONE = b"..gone"
@@ -149,11 +151,12 @@ class CopiedFile:
 
     def _look_at_one_state(self, top: int) -> dict[str, _Entry]:
         """As `_look`, but what is there is not half of what kubelet's link led to before, half of after."""
-        while True:
+        for _ in range(_LOOKS):
             data = _data(top)
             found = self._look(top)
             if _data(top) == data:
                 return found
+        raise KataError(f"{self.source}: its ..data changes faster than it can be looked at")
 
     def _look(self, top: int) -> dict[str, _Entry]:
         """Name below the source -> what is there, folders before what is in them; "" is the source itself.
@@ -268,9 +271,10 @@ class FileWatch:
         for _ in range(_FIRST_COPIES - 1):
             try:
                 await file.update(self._agent)
-            except UnavailableError:
+            except (UnavailableError, DeadlineExceededError):
                 raise
-            except KataError:
+            except KataError as error:
+                self._log.debug("it is copied again: %s", error)
                 await asyncio.sleep(_SETTLE_S)
             else:
                 return

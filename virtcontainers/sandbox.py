@@ -81,7 +81,7 @@ async def create_sandbox(config: SandboxConfig, factory: Factory, *, prestart: H
     except BaseException:
         try:
             await asyncio.shield(sandbox.delete())
-        except KataError as left:
+        except (KataError, OSError) as left:
             sandbox._log.warning("something of the pod stays: %s", left)
         raise
     return sandbox
@@ -112,6 +112,7 @@ class Sandbox:
         self._machine_watch: asyncio.Task[None] | None = None
         self._state = persist.SandboxState(id=config.id, shim_pid=os.getpid())
         self._log = logging.LoggerAdapter(log, {"sandbox": config.id})
+        self._deleting = asyncio.Lock()
         self._deleted = False
         spec = config.container.spec
         self._cgroups = PodCgroups(
@@ -553,23 +554,27 @@ class Sandbox:
         await self.agent.destroy_sandbox(_DESTROY_TIMEOUT_S)
 
     async def delete(self) -> None:
-        """Stop, and take everything off the host; idempotent. Raises KataError for what would not go, after
-        having tried everything: it is known until it goes, by another call or by `virtcontainers.cleanup`."""
-        if self._deleted:
-            return
-        await self.stop()
-        # All is tried, the last first, whatever fails.
-        async with contextlib.AsyncExitStack() as rest:
-            rest.callback(self.fs_share.cleanup)
-            rest.callback(self._cgroups.delete)
-            rest.push_async_callback(self._delete_network)
-            for container in self.containers.values():
-                if container.is_root_mounted:
-                    # A container undoes what it did once, and then no more.
-                    rest.callback(mount.unmount_below, container.config.rootfs.target)
-                rest.push_async_callback(container.cleanup)
-        cleanup.forget(self.id)
-        self._deleted = True
+        """Stop, and take everything off the host; idempotent.
+
+        Raises KataError for a machine that would not end; else, after having tried all the rest, for what
+        would not go. It is known until it goes, by another call or by `virtcontainers.cleanup`.
+        """
+        async with self._deleting:
+            if self._deleted:
+                return
+            await self.stop()
+            # All is tried, the last first, whatever fails.
+            async with contextlib.AsyncExitStack() as rest:
+                rest.callback(self.fs_share.cleanup)
+                rest.callback(self._cgroups.delete)
+                rest.push_async_callback(self._delete_network)
+                for container in self.containers.values():
+                    if container.is_root_mounted:
+                        # A container undoes what it did once, and then no more.
+                        rest.callback(mount.unmount_below, container.config.rootfs.target)
+                    rest.push_async_callback(container.cleanup)
+            cleanup.forget(self.id)
+            self._deleted = True
 
     async def _delete_network(self) -> None:
         try:

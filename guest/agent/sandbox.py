@@ -29,6 +29,7 @@ RUN_DIRECTORY = "/run/kata-agent"
 _OOM_EVENTS_KEPT = 100
 _PAUSE_COMMAND = ("/bin/busybox", "sleep", "2147483647")
 _KILL_AGAIN_S = 0.05
+_PAUSE_ENDS_S = 5.0
 
 
 class Sandbox:
@@ -98,8 +99,9 @@ class Sandbox:
         await self._storages.release_all()
         await in_thread(os.sync)
         if pause is not None:
-            # Nobody is to join its namespace while it ends. Last: it ends after all that are in it.
-            await asyncio.shield(pause[1])
+            # Nobody is to join its namespace while it ends. Last: it ends after all that are in it, of which
+            # one may hang.
+            await asyncio.wait({pause[1]}, timeout=_PAUSE_ENDS_S)
 
     def container(self, container_id: str) -> Container:
         """Raises StatusError (NOT_FOUND)."""

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.5
 """An update is to be seen within two seconds, one of which the shared file system may take itself."""
+_LOOKS = 5
+"""In one go, at what is exchanged meanwhile; the next are after the interval."""
 _MAX_ENTRIES = 1000
 _MAX_BYTES = 16 << 20
 """Copies are in the machine's memory. Kubernetes' own volumes have 1 MiB, and twice that during an update."""
@@ -101,8 +103,9 @@ class _Copy:
 
     def update(self) -> None:
         """Copy what has changed, take away what is gone."""
-        while not self._update():
-            pass
+        for _ in range(_LOOKS):
+            if self._update():
+                return
 
     def _update(self) -> bool:
         """False when kubelet has exchanged what was found before all of it was copied."""

@@ -63,7 +63,7 @@ class DeviceManager:
     def check(self, info: DeviceInfo) -> None:
         """Whether it could be plugged in, as far as that is known before. Raises KataError's classes."""
         device = self._devices.get(key_of(info.path))
-        if device is None or device.plugged is None:
+        if device is None or device.attach_count == 0:
             with self._opened(info):
                 pass
 

@@ -387,6 +387,8 @@ def _make_directory(directory: Path) -> None:
         (new / _SERVER).write_text(_process(os.getpid()))
         new.rename(directory)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            remove_directory(new)
         raise KataError(f"machine {directory}: {error}") from error
 
 
@@ -406,7 +408,8 @@ async def end_orphans() -> int:
     # Of machines that were only about to be made.
     for new in (RUN_VC / "vm").glob(".cache-*"):
         if _is_orphan(new):
-            remove_directory(new)
+            with contextlib.suppress(OSError):
+                remove_directory(new)
     for root in _named(SHARED_SANDBOXES):
         if not vm_dir(RUN_VC, root.name).exists():
             try:

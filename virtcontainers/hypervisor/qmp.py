@@ -43,9 +43,10 @@ class QMP:
         except TimeoutError:
             await _disconnect(client)
             raise HypervisorError(f"QEMU did not greet on {path} within {timeout_s:g} s") from None
-        except (QMPError, OSError, EOFError) as error:
+        # The library asserts that it is connected, also when QEMU has ended by then.
+        except (QMPError, OSError, EOFError, AssertionError) as error:
             await _disconnect(client)
-            raise HypervisorError(f"no QMP on {path}: {error}") from error
+            raise HypervisorError(f"no QMP on {path}: {str(error) or 'QEMU has ended'}") from error
         except BaseException:
             await _disconnect(client)
             raise
