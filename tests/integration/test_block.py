@@ -534,7 +534,7 @@ def test_blockfile_roots_are_mounted_in_clones(
             assert device == ("/dev/vda" if driver == "virtio-blk" else "/dev/sda")
             assert last == "hello"
             # That no template fits would be one.
-            assert log.warnings(container_id) == []
+            assert log.of_the_factory() == []
     wait_until_no_loops(blockfile.containerd.root.parent)
 
 

@@ -126,13 +126,16 @@ def _listens(address: Path) -> bool:
         return probe.connect_ex(str(address)) == 0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _cgroups_go() -> Iterator[None]:
+    yield
+    remove_cgroups(_cgroup2() / "containers")
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    try:
-        with serving(tmp_path_factory.mktemp("agent")) as server:
-            yield server
-    finally:
-        remove_cgroups(_cgroup2() / "containers")
+    with serving(tmp_path_factory.mktemp("agent")) as server:
+        yield server
 
 
 class Agent:

@@ -290,8 +290,16 @@ def test_macvtap_connects_the_pod(ctr: Ctr, container_id: str, template: Templat
         wait_ping(ctr, container_id, HOST)
         wait_ping(ctr, container_id, HOST6)
         succeeds(ctr, container_id, "httpd", "-h", "/etc")
-        with urllib.request.urlopen(f"http://{net.address}/passwd", timeout=TIMEOUT_S) as response:
-            assert response.read().startswith(b"root:x:0:0:")
+
+        def page() -> bytes | None:
+            # A guest that stands still for a moment answers no ARP.
+            url = f"http://{net.address}/passwd"
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+                found: bytes = response.read()
+                return found
+            return None
+
+        assert wait_for("a page", page).startswith(b"root:x:0:0:")
         assert mac not in {each.hardware_addr for each in net.seen().interfaces}
     after = net.seen()
     assert after.interfaces == wanted.interfaces

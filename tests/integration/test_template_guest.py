@@ -176,6 +176,13 @@ SEEDS = (
 )
 
 
+async def forked(vm: VM) -> None:
+    """Its kernel knows: it hears of it by an interrupt, and reseeds later."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while "virtual machine fork" not in await run_in_guest(vm, "dmesg"):
+            pass
+
+
 @pytest.mark.parametrize("reseeded", [True, False], ids=["by the agent too", "by vmgenid alone"])
 def test_clones_are_no_twins(template: Template, tmp_path: Path, reseeded: bool) -> None:
     async def clone(number: int) -> list[str]:
@@ -184,11 +191,11 @@ def test_clones_are_no_twins(template: Template, tmp_path: Path, reseeded: bool)
         get = Factory(template).get_vm if reseeded else template.get_base_vm
         vm = await get(new_id(), template.config, shared_path=share, on_planned=ignore_plan)
         async with running(vm):
-            # The kernel hears of it by an interrupt, and does it later.
-            async with asyncio.timeout(TIMEOUT_S):
-                while "virtual machine fork" not in await run_in_guest(vm, "dmesg"):
-                    pass
-            return (await run_in_guest(vm, SEEDS)).split("\n")[:-1]
+            if not reseeded:
+                await forked(vm)
+            seeds = (await run_in_guest(vm, SEEDS)).split("\n")[:-1]
+            await forked(vm)
+            return seeds
 
     async def body() -> None:
         first, second = await clone(1), await clone(2)

@@ -208,7 +208,8 @@ async def machine_of(run_vc: Path, server: str) -> AsyncIterator[Path]:
     process = MachineProcess.start("qemu", ["/bin/sleep", "600"], directory=directory, outlives_us=True)
     try:
         # The kernel shows a new program's environment a moment after it has begun.
-        while find_processes(directory) != [process.pid]:  # noqa: ASYNC110
+        while find_processes(directory) != [process.pid]:
+            assert process.running
             await asyncio.sleep(0.01)
         yield directory
     finally:

@@ -150,8 +150,9 @@ if {greets}:
 @pytest.mark.skipif(os.geteuid() != 0, reason="machines need root")
 @pytest.mark.parametrize("greets", [False, True])
 def test_a_guest_that_ends_while_its_qemu_starts_has_the_last_word(
-    tmp_path: Path, config: HypervisorConfig, greets: bool
+    tmp_path: Path, config: HypervisorConfig, monkeypatch: pytest.MonkeyPatch, greets: bool
 ) -> None:
+    monkeypatch.setattr("virtcontainers.hypervisor.qemu._LAST_WORDS_TIMEOUT_S", 60)
     (tmp_path / "qemu").write_text(PANICS.format(python=sys.executable, greets=greets))
     qemu = machine(tmp_path, config)
     qemu.create_vm()
@@ -188,13 +189,19 @@ def test_a_qemu_that_is_slow_tells_nothing_of_its_template(
 
 
 def test_what_a_daemon_has_forked_ends_with_the_machine(tmp_path: Path, config: HypervisorConfig) -> None:
+    # It forks and execs nothing more: a new program's environment is seen a moment later.
+    os.mkfifo(tmp_path / "never")
+    words = f": >{tmp_path}/forked; read line <>{tmp_path}/never"
+
     async def body() -> None:
         qemu = machine(tmp_path, config)
         qemu.directory.mkdir(parents=True)
-        daemon = qemu._start_daemon("virtiofsd", ["/bin/sh", "-c", "setsid sleep 600 & wait"])
-        while len(find_processes(qemu.directory)) < 2:
+        script = f"setsid sh -c '{words}' & wait"
+        daemon = qemu._start_daemon("virtiofsd", ["/bin/sh", "-c", script])
+        while not (tmp_path / "forked").exists():
             assert daemon.running
             await asyncio.sleep(0.01)
+        assert len(find_processes(qemu.directory)) == 2
         await qemu.stop_vm()
         assert find_processes(qemu.directory) == []
         assert not qemu.directory.exists()

@@ -87,7 +87,8 @@ def test_a_creation_given_up_while_its_hooks_run_is_undone_with_the_hooks_for_it
 
     async def give_up() -> None:
         creating = asyncio.create_task(create_container(cast(Sandbox, pod), bundle, "c2", [], terminal=False))
-        while not (tmp_path / "begun").exists():  # noqa: ASYNC110
+        while not (tmp_path / "begun").exists():
+            assert not creating.done()
             await asyncio.sleep(0.01)
         creating.cancel()
         with pytest.raises(asyncio.CancelledError):

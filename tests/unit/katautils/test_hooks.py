@@ -107,7 +107,7 @@ async def begun(hook: dict[str, Any], pid_file: Path) -> tuple[asyncio.Task[None
 
 def test_a_hook_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
     async def body() -> None:
-        hook = shell(f"echo waiting; sleep 600 & echo $! > {tmp_path}/pid; wait", timeout=300)
+        hook = shell(f"echo waiting; sleep 100000 & echo $! > {tmp_path}/pid; wait", timeout=300)
         task, child = await begun(hook, tmp_path / "pid")
         clock.skip(300)
         with pytest.raises(HookTimeout) as failed:
@@ -122,7 +122,7 @@ def test_a_hook_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) 
 
 
 def test_a_daemon_that_a_hook_leaves_holds_nothing_up(tmp_path: Path) -> None:
-    run("createRuntime", shell(f"sleep 600 & echo $! > {tmp_path}/pid"))
+    run("createRuntime", shell(f"sleep 100000 & echo $! > {tmp_path}/pid"))
     daemon = int((tmp_path / "pid").read_text())
     assert runs(daemon)
     os.kill(daemon, 9)
@@ -130,7 +130,7 @@ def test_a_daemon_that_a_hook_leaves_holds_nothing_up(tmp_path: Path) -> None:
 
 def test_a_cancelled_hook_is_killed(tmp_path: Path) -> None:
     async def body() -> None:
-        task, pid = await begun(shell(f"echo $$ > {tmp_path}/pid; exec sleep 600"), tmp_path / "pid")
+        task, pid = await begun(shell(f"echo $$ > {tmp_path}/pid; exec sleep 100000"), tmp_path / "pid")
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

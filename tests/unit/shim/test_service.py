@@ -556,6 +556,21 @@ def test_output_that_a_child_holds_open_does_not_hold_the_exit_back_for_ever(
     run(tmp_path, body)
 
 
+async def read_all(reader: int) -> int:
+    """Of a descriptor that does not block, which is closed then: how many bytes there were."""
+    size = 0
+    while True:
+        try:
+            count = len(os.read(reader, 65536))
+        except BlockingIOError:
+            await asyncio.sleep(0.01)
+            continue
+        if not count:
+            os.close(reader)
+            return size
+        size += count
+
+
 @pytest.mark.parametrize("container_id", ["c1", "c2"])
 def test_the_end_of_the_output_waits_for_a_reader_that_pauses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container_id: str
@@ -577,12 +592,7 @@ def test_the_end_of_the_output_waits_for_a_reader_that_pauses(
         assert sandbox and not sandbox.is_stopped
         monkeypatch.setattr("shim.pod.DRAIN_IDLE_S", TIMEOUT_S)
         deleting = asyncio.create_task(shim.delete(container_id))
-        os.set_blocking(reader, True)
-        size = 0
-        while count := len(await asyncio.to_thread(os.read, reader, 65536)):
-            size += count
-        os.close(reader)
-        assert size == 200_000
+        assert await read_all(reader) == 200_000
         await deleting
 
     run(tmp_path, body)
@@ -602,10 +612,7 @@ def test_the_machine_ends_once_the_output_of_its_main_container_is_read(
         assert await shim.wait() == 0
         sandbox = shim.kata.sandbox
         assert sandbox and not sandbox.is_stopped
-        os.set_blocking(reader, True)
-        while await asyncio.to_thread(os.read, reader, 65536):
-            pass
-        os.close(reader)
+        await read_all(reader)
         await until(lambda: sandbox.is_stopped)
         assert not sandbox.is_deleted
 
