@@ -51,7 +51,7 @@ class Client:
 
     def write(self, data: bytes) -> None:
         def copy() -> None:
-            with self.paths["stdin"].open("wb", buffering=0) as fifo:
+            with self.paths["stdin"].open("wb") as fifo:
                 fifo.write(data)
 
         self._start(copy)
