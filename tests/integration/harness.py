@@ -13,6 +13,7 @@ import socket
 import subprocess
 import tarfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,18 @@ def wait_for(what: str, look: Callable[[], T | None], timeout_s: float = TIMEOUT
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
         time.sleep(0.05)
     return answer
+
+
+def wait_page(url: str) -> bytes:
+    """Of a server in a guest: one that stands still for a moment answers no ARP."""
+
+    def page() -> bytes | None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+            found: bytes = response.read()
+            return found
+        return None
+
+    return wait_for(f"the page {url}", page)
 
 
 def remove_cgroups(path: Path) -> None:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import host_state
 import pytest
 from cri import POD, CriClient, Crictl, Pod, Result, cgroups
-from harness import TIMEOUT_S, processes_of, wait_for
+from harness import TIMEOUT_S, processes_of, wait_for, wait_page
 from private_cri import KUBERNETES, RUNTIME_HANDLER
 from test_volumes import Kubelet, umount
 
@@ -392,16 +390,7 @@ def test_a_pod_of_crictl_is_reached_from_the_host(crictl: Crictl) -> None:
         found = pod.exec(container, "ip", "-o", "-4", "addr", "show", "eth0").stdout
         assert f"inet {address}/24" in found
         wait_for("the server", lambda: ":80 " in pod.exec(container, "netstat", "-ltn").stdout)
-
-        def page() -> bytes | None:
-            # A guest that stands still for a moment answers no ARP.
-            url = f"http://{address}/passwd"
-            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
-                found: bytes = response.read()
-                return found
-            return None
-
-        assert wait_for("a page", page).startswith(b"root:x:0:0:")
+        assert wait_page(f"http://{address}/passwd").startswith(b"root:x:0:0:")
         gateway = crictl.containerd.network.prefix + ".1"
         # ping waits a second for the last.
         assert re.search("[12] packets received", pod.exec(container, "ping", "-c", "2", gateway).stdout)

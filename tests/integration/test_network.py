@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import TIMEOUT_S, Ctr, new_id, processes_of, wait_for
+from harness import TIMEOUT_S, Ctr, new_id, processes_of, wait_for, wait_page
 from lan import HOST, HOST6, PREFIX, Namespace, bridge, namespace, seen_in, sh
 from private_containerd import write_kata_config
 from templates import KATA_PY, Log, ReadyTemplates, Templates, qemu_arguments, templates
@@ -290,16 +290,7 @@ def test_macvtap_connects_the_pod(ctr: Ctr, container_id: str, template: Templat
         wait_ping(ctr, container_id, HOST)
         wait_ping(ctr, container_id, HOST6)
         succeeds(ctr, container_id, "httpd", "-h", "/etc")
-
-        def page() -> bytes | None:
-            # A guest that stands still for a moment answers no ARP.
-            url = f"http://{net.address}/passwd"
-            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
-                found: bytes = response.read()
-                return found
-            return None
-
-        assert wait_for("a page", page).startswith(b"root:x:0:0:")
+        assert wait_page(f"http://{net.address}/passwd").startswith(b"root:x:0:0:")
         assert mac not in {each.hardware_addr for each in net.seen().interfaces}
     after = net.seen()
     assert after.interfaces == wanted.interfaces
