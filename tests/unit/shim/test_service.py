@@ -556,6 +556,17 @@ def test_output_that_a_child_holds_open_does_not_hold_the_exit_back_for_ever(
     run(tmp_path, body)
 
 
+async def run_unread(shim: Shim, container_id: str, fifo: Path) -> int:
+    """A container to its exit, whose output nobody has read yet: the descriptor, which does not block."""
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    # More than the fifo takes, and less than all the pipes on the way.
+    await shim.create(container_id, "head", "-c", "200000", "/dev/zero", stdout=str(fifo))
+    await shim.task.start(api.StartRequest(id=container_id))
+    assert await shim.wait(container_id) == 0
+    return reader
+
+
 async def read_all(reader: int) -> int:
     """Of a descriptor that does not block, which is closed then: how many bytes there were."""
     size = 0
@@ -581,13 +592,7 @@ def test_the_end_of_the_output_waits_for_a_reader_that_pauses(
     async def body(shim: Shim) -> None:
         if container_id != "c1":
             await shim.run("c1", "sleep", "1000")
-        fifo = tmp_path / "fifo"
-        os.mkfifo(fifo)
-        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-        # More than the fifo takes, and less than all the pipes on the way.
-        await shim.create(container_id, "head", "-c", "200000", "/dev/zero", stdout=str(fifo))
-        await shim.task.start(api.StartRequest(id=container_id))
-        assert await shim.wait(container_id) == 0
+        reader = await run_unread(shim, container_id, tmp_path / "fifo")
         sandbox = shim.kata.sandbox
         assert sandbox and not sandbox.is_stopped
         monkeypatch.setattr("shim.pod.DRAIN_IDLE_S", TIMEOUT_S)
@@ -604,12 +609,7 @@ def test_the_machine_ends_once_the_output_of_its_main_container_is_read(
     monkeypatch.setattr(shim.pod, "DRAIN_IDLE_S", 0.05)
 
     async def body(shim: Shim) -> None:
-        fifo = tmp_path / "fifo"
-        os.mkfifo(fifo)
-        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-        await shim.create("c1", "head", "-c", "200000", "/dev/zero", stdout=str(fifo))
-        await shim.task.start(api.StartRequest(id="c1"))
-        assert await shim.wait() == 0
+        reader = await run_unread(shim, "c1", tmp_path / "fifo")
         sandbox = shim.kata.sandbox
         assert sandbox and not sandbox.is_stopped
         await read_all(reader)
