@@ -19,6 +19,7 @@ import pytest
 
 from agent_client.protocols import types_pb2
 from tests.unit.descriptors import open_descriptors
+from tests.unit.netns import own_namespace
 from virtcontainers.agent import KataAgent
 from virtcontainers.config import HypervisorConfig, NetworkConfig
 from virtcontainers.device_cgroup import DeviceRule, sandbox_rules
@@ -46,14 +47,8 @@ class Namespace:
 
 @pytest.fixture
 def namespace() -> Iterator[Namespace]:
-    command = ["unshare", "--net", "sh", "-c", "echo made; exec sleep 1000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"made\n"
-        try:
-            yield Namespace(process.pid)
-        finally:
-            process.kill()
+    with own_namespace() as pid:
+        yield Namespace(pid)
 
 
 def add_link(namespace: Namespace, name: str, address: str) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.unit.descriptors import open_descriptors
+from tests.unit.netns import own_namespace
 from virtcontainers.errors import InvalidArgumentError, KataError
 from virtcontainers.network.child import NamespaceChild, open_namespace
 
@@ -58,14 +58,8 @@ def test_what_cannot_be_entered_is_told_whatever_is_asked() -> None:
 @pytest.fixture
 def quiet() -> Iterator[Path]:
     """A namespace in which nobody else does anything."""
-    command = ["unshare", "--net", "sh", "-c", "echo made; exec sleep 1000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"made\n"
-        try:
-            yield Path(f"/proc/{process.pid}/ns/net")
-        finally:
-            process.kill()
+    with own_namespace() as pid:
+        yield Path(f"/proc/{pid}/ns/net")
 
 
 @needs_root
